@@ -1,0 +1,278 @@
+"""Benchmarks inside one process: ring, decode, and the hot path from frame to ring.
+
+Every figure is the smallest mean of many short repeats: what the code costs when nothing else disturbs it.
+"""
+
+import gc
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+
+from bench import frames
+from mdcollector.emit import Emit
+from mdcollector.exchanges import Options, Venue, binance_spot, deribit
+from mdcollector.records import TRADES
+from mdcollector.ring import RingReader, RingWriter
+
+CAPACITIES = {"trades": 1 << 16, "orderbook_l2": 1 << 16, "bbo": 1 << 16, "tickers": 1 << 12, "candles": 1 << 12}
+FEEDS = tuple(CAPACITIES)
+
+
+@contextmanager
+def ring_directory() -> Iterator[Path]:
+    """A directory in memory where there is one: rings on a disk would measure the disk."""
+    base = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(prefix="mdbench-", dir=base if base.is_dir() else None))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def quiet_gc() -> Iterator[None]:
+    """As the connector runs: no collections."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def smallest(call: Callable[[Any], object], items: Sequence[Any], chunk: int, budget_s: float) -> float:
+    """ns per call: the smallest mean over chunks of `items`, taken for at most `budget_s`, each item at most once."""
+    clock, best = time.perf_counter_ns, float("inf")
+    deadline = clock() + int(budget_s * 1e9)
+    for start in range(0, len(items) - chunk + 1, chunk):
+        part = items[start : start + chunk]
+        began = clock()
+        for item in part:
+            call(item)
+        ended = clock()
+        best = min(best, (ended - began) / chunk)
+        if ended > deadline:
+            break
+    return best
+
+
+def again(call: Callable[[Any], object], items: Sequence[Any], chunk: int, budget_s: float) -> float:
+    """As `smallest`, over the items again and again."""
+    clock, best = time.perf_counter_ns, float("inf")
+    deadline = clock() + int(budget_s * 1e9)
+    while True:
+        best = min(best, smallest(call, items, chunk, budget_s))
+        if clock() > deadline:
+            return best
+
+
+# Calibration: the decode that performance notes quote for their machine, so that figures can be put side by side.
+
+
+class _PlainTrade(msgspec.Struct, gc=False):
+    t: int
+    p: float
+    q: float
+    T: int
+    m: bool
+
+
+class _PlainTradeFrame(msgspec.Struct, gc=False):
+    data: _PlainTrade
+
+
+NOMINAL_TRADE_NS = 297.0
+
+
+def calibration(budget_s: float) -> dict[str, float]:
+    """How much slower this machine is now than the one that the targets were set on."""
+    decode = msgspec.json.Decoder(_PlainTradeFrame, strict=False).decode
+    with quiet_gc():
+        ns = again(decode, list(frames.binance_trades(2000)), 100, budget_s)
+    return {"trade_decode_ns": ns, "nominal_ns": NOMINAL_TRADE_NS, "factor": ns / NOMINAL_TRADE_NS}
+
+
+# Ring
+
+
+def ring(budget_s: float) -> dict[str, float]:
+    """ns per row."""
+    row = (1, 2, 3, 4, 5, 0, 1, 1, 1, 61837.63, 0.5, 1000, b"")
+    found: dict[str, float] = {}
+    with ring_directory() as path, quiet_gc():
+        writer = RingWriter(path, TRADES, exchange="BINANCE_SPOT", connector="bench", capacity=1 << 16)
+        writer.code("BTCUSDT")
+        found["append"] = again(lambda _: writer.append(row), range(2000), 500, budget_s)
+        block = np.zeros(1024, TRADES.dtype)
+        found["append_rows (1024 at once)"] = again(lambda _: writer.append_rows(block), range(20), 5, budget_s) / 1024
+        found["seal (CRC32, blocks)"] = _seal(writer, block, budget_s)
+        reader = RingReader(path, "trades")
+        for rows in (1, 64, 1024, 16384):
+            found[f"read ({rows} at once)"] = _read(reader, rows, budget_s) / rows
+        found["read_sealed (16384 at once)"] = _read(reader, 16384, budget_s, sealed=True) / 16384
+        found["lapped, noticed and skipped (per call)"] = _lap(reader, budget_s)
+        reader.close()
+        writer.close()
+    return found
+
+
+def _seal(writer: RingWriter, block: Any, budget_s: float) -> float:
+    best, deadline = float("inf"), time.monotonic() + budget_s
+    while time.monotonic() < deadline:
+        writer.append_rows(block)
+        began = time.perf_counter_ns()
+        writer.seal()
+        best = min(best, (time.perf_counter_ns() - began) / len(block))
+    return best
+
+
+def _read(reader: RingReader, rows: int, budget_s: float, *, sealed: bool = False) -> float:
+    read = reader.read_sealed if sealed else reader.read
+    newest = reader.published - (1 << 15)
+
+    def one(_: int) -> None:
+        reader.position = newest
+        if len(read(rows)) < rows:
+            raise AssertionError("the ring did not give the rows that it holds")
+
+    return again(one, range(40), 10, budget_s)
+
+
+def _lap(reader: RingReader, budget_s: float) -> float:
+    """What it costs a reader to find out that it was lapped, and by how much."""
+
+    def one(_: int) -> None:
+        reader.position = 0
+        reader.read(1)
+
+    before = reader.lapped
+    ns = again(one, range(200), 50, budget_s)
+    if reader.lapped == before:
+        raise AssertionError("nothing was lapped: the ring is larger than what was written")
+    return ns
+
+
+# Decode
+
+
+def decode(budget_s: float) -> list[dict[str, Any]]:
+    """ns per frame: the venue's decoder (numbers become floats, bounds are checked) beside parsers without types."""
+    untyped = msgspec.json.Decoder().decode
+    cases: list[tuple[str, Callable[[bytes], object], list[bytes]]] = [
+        ("binance trade", binance_spot._decode_trade, list(frames.binance_trades(200))),
+        ("binance bookTicker", binance_spot._decode_book_ticker, list(frames.binance_book_tickers(200))),
+        ("binance depth 2x20", binance_spot._decode_depth, list(frames.binance_depths(200))),
+        ("binance 24h ticker", binance_spot._decode_ticker, [frames.binance_ticker()] * 200),
+        ("binance kline", binance_spot._decode_kline, [frames.binance_kline()] * 200),
+        ("deribit trade", deribit._decode_trades, list(frames.deribit_trades(200))),
+        ("deribit book 2x20", deribit._decode_book, list(frames.deribit_books(201))[1:]),
+        ("deribit quote", deribit._decode_quote, list(frames.deribit_quotes(200))),
+        ("deribit ticker", deribit._decode_ticker, [frames.deribit_ticker()] * 200),
+    ]
+    found = []
+    with quiet_gc():
+        for name, typed, items in cases:
+            row: dict[str, Any] = {"frame": name, "bytes": round(sum(map(len, items)) / len(items))}
+            parsers = {"msgspec typed": typed, "msgspec untyped": untyped, "orjson": orjson.loads, "json": json.loads}
+            for parser, call in parsers.items():
+                row[parser] = again(call, items, 20, budget_s / len(parsers))
+            found.append(row)
+    return found
+
+
+# Hot path
+
+
+def hot_path(budget_s: float, count: int) -> list[dict[str, Any]]:
+    """ns per frame from the payload to the row that readers see, beside the decoder alone on the same frames.
+
+    Every frame is new: ids go on, books change, rows are written to a ring that wraps.
+    """
+    books = list(frames.deribit_books(count // 10))
+    cases: list[tuple[str, type[Venue], Any, bytes | None, list[bytes]]] = [
+        ("binance trade", binance_spot.BinanceSpot, binance_spot._decode_trade, None, list(frames.binance_trades(count))),
+        ("binance bookTicker", binance_spot.BinanceSpot, binance_spot._decode_book_ticker, None, list(frames.binance_book_tickers(count))),
+        ("binance depth 2x20", binance_spot.BinanceSpot, binance_spot._decode_depth, frames.binance_snapshot(), list(frames.binance_depths(count // 10))),
+        ("binance 24h ticker", binance_spot.BinanceSpot, binance_spot._decode_ticker, None, [frames.binance_ticker()] * (count // 5)),
+        ("deribit trade", deribit.Deribit, deribit._decode_trades, None, list(frames.deribit_trades(count // 2))),
+        ("deribit book 2x20", deribit.Deribit, deribit._decode_book, None, books),
+        ("deribit quote", deribit.Deribit, deribit._decode_quote, None, list(frames.deribit_quotes(count // 2))),
+    ]  # fmt: skip
+    recorded = frames.recorded_depth(count // 5)
+    found = [_hot_case(budget_s, *case) for case in cases]
+    return found if recorded is None else [*found, _recorded(*recorded)]
+
+
+@contextmanager
+def _live(name: str, kind: type[Venue], snapshot: bytes | None, first: Sequence[bytes]) -> Iterator[tuple[Emit, Venue]]:
+    """A venue whose streams are known and whose books are live; fails when it refuses a frame meanwhile."""
+    with ring_directory() as path:
+        emit = Emit(path, "bench", kind.EXCHANGE, FEEDS, capacities=CAPACITIES, semaphore=False)
+        venue = kind(emit, Options(), [], open_world=True)
+        emit.packet(time.time_ns(), emit.clock())
+        for item in first:
+            venue.decode(item)
+        if snapshot is not None:
+            venue.http("http://bench/api/v3/depth?symbol=BTCUSDT", snapshot)
+        with quiet_gc():
+            emit.packet(time.time_ns(), emit.clock())
+            yield emit, venue
+        invalid = [ticker for ticker, book in venue.books.items() if book.state != "live"]
+        refused = [key for key in emit.counters if key.startswith(("refused", "gap"))]
+        if invalid or refused:
+            raise AssertionError(f"{name}: books {invalid} not live, counters {refused}")
+        emit.close()
+
+
+def _rows(emit: Emit) -> int:
+    return sum(ring.next for ring in emit.rings.values())
+
+
+def _hot_case(
+    budget_s: float, name: str, kind: type[Venue], decoder: Any, snapshot: bytes | None, items: list[bytes]
+) -> dict[str, Any]:
+    chunk, rest = 20 if "2x20" in name else 100, items[1:]
+    with _live(name, kind, snapshot, items[:1]) as (emit, venue):
+        decode_ns = again(decoder, rest[:400], chunk, budget_s)
+        before = _rows(emit)
+        emit.packet(time.time_ns(), emit.clock())
+        full_ns = smallest(venue.decode, rest, chunk, 1e9)
+        rows = (_rows(emit) - before) / (len(rest) // chunk * chunk)
+    return {"frame": name, "rows": rows, "decode": decode_ns, "total": full_ns, "ratio": full_ns / decode_ns}
+
+
+PASSES = 3
+
+
+def _recorded(snapshot: bytes, items: list[bytes]) -> dict[str, Any]:
+    """Recorded frames differ in size: the mean over all of them, of each chunk the quickest of some passes."""
+    name, decoder, chunk, clock = "binance depth, recorded", binance_spot._decode_depth, 20, time.perf_counter_ns
+    first, rest = items[:5], items[5:]
+    passes = []
+    for _ in range(PASSES):
+        with _live(name, binance_spot.BinanceSpot, snapshot, first) as (emit, venue):
+            before, times = _rows(emit), []
+            for start in range(0, len(rest) - chunk + 1, chunk):
+                part = rest[start : start + chunk]
+                began = clock()
+                for item in part:
+                    decoder(item)
+                between = clock()
+                for item in part:
+                    venue.decode(item)
+                times.append((between - began, clock() - between))
+            rows = (_rows(emit) - before) / (len(times) * chunk)
+        passes.append(times)
+    decode_ns, full_ns = (np.min(passes, axis=0).mean(axis=0) / chunk).tolist()
+    return {"frame": name, "rows": rows, "decode": decode_ns, "total": full_ns, "ratio": full_ns / decode_ns}

@@ -1,0 +1,542 @@
+"""The connector: one pinned process, one exchange connection, from frames to rings. The one loop that decides on errors.
+
+Started by `mdcollector connect`. Everything in the process happens on one thread: the event loop reads a packet, the
+venue decodes it, rows appear in the rings; between packets the loop keeps the connection alive, fetches what the venue
+wants and publishes the stats page.
+"""
+
+import asyncio
+import gc
+import hashlib
+import logging
+import random
+import signal
+import ssl
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from mdcollector import config
+from mdcollector.budget import Budget
+from mdcollector.config import ConnectorConfig
+from mdcollector.continuity import LIVE
+from mdcollector.emit import Emit
+from mdcollector.errors import ConfigError, Disconnected, RateLimited, Stale
+from mdcollector.exchanges import Fetch, Options, Reconnect, Stream, Venue, venue_class
+from mdcollector.records import GAPS
+from mdcollector.stats import StatsWriter
+from mdcollector.transport import Fetcher, Leg, open_leg, tls_context
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+STATS_EVERY_TICKS = 3
+BACKOFF_FIRST_S = 0.5
+DATA_FLOWS_S = 10.0  # data for so long, then the back-off starts over
+ROLLOVER_BEFORE_END_S = 600.0  # a connection is replaced so long before the venue ends it, spread over half of that
+TAIL_CHECK_S = 5.0  # after a connection opened: instruments that have not traded since are asked about
+ROLLOVER_RETRY_S = 2.0
+MESSAGES_PER_S_LEAST = 0.25
+LIFETIME = "lifetime"  # cause of a replacement that was planned
+OVERLAP_LEAD_S = 1.5  # frames of the old one are remembered so long before: a subscription may begin with the newest
+OVERLAP_S = 3.0  # both connections deliver for so long after the new one has begun
+OVERLAP_MOST_S = 30.0  # then the old one goes, whatever the new one brings
+OVERLAP_QUIET_S = 2.0  # without a duplicate, then the new one has brought all that the old one did before it went
+OVERLAP_TAIL_MOST_S = 30.0
+OVERLAP_FRAMES_MAX = 200_000  # frames remembered to drop what both connections bring
+WEIGHT_SHARE = 0.8  # of a venue's request weight: the rest is for whoever else uses this IP address
+SHUTDOWN_S = 2.0
+SEQUENCED = ("trades", "orderbook_l2")  # feeds whose ids tell by themselves what a lost connection cost
+
+
+class OverlapFilter:
+    """Passes each frame once while two connections deliver the same: a frame is dropped when the other one brought it.
+
+    What each connection brought beyond the other is counted by digest, so frames that are rightly sent twice on one
+    connection pass twice. Books and trades would also be told apart by their ids; this serves the feeds without ids.
+    """
+
+    def __init__(self, venue: Venue, emit: Emit) -> None:
+        self._decode, self._carries_data, self._emit = venue.decode, venue.carries_data, emit
+        self._ahead: Counter[bytes] = Counter()  # frames of the first leg minus frames of the second one
+        self._duplicate_at = time.monotonic()
+
+    def decode_of(self, sign: int) -> "FilteredDecode":
+        """The decode function of the old (+1) or the new (-1) connection."""
+        return FilteredDecode(self, sign)
+
+    def passes(self, frame: bytes, sign: int) -> bool:
+        digest = hashlib.blake2b(frame, digest_size=12).digest()
+        seen = self._ahead[digest]
+        self._ahead[digest] = seen + sign
+        if not self._ahead[digest]:
+            del self._ahead[digest]
+        if len(self._ahead) > OVERLAP_FRAMES_MAX:
+            self._emit.counters["overlap_overflow"] += 1
+            self._ahead.clear()
+        if seen * sign < 0:
+            self._emit.counters["overlap_duplicate"] += 1
+            self._duplicate_at = time.monotonic()
+            return False
+        return True
+
+    @property
+    def quiet(self) -> bool:
+        """No duplicate for a while: neither connection is behind the other any more."""
+        return time.monotonic() - self._duplicate_at > OVERLAP_QUIET_S
+
+    def decode(self, frame: bytes, sign: int) -> None:
+        if not self._carries_data(frame) or self.passes(frame, sign):
+            self._decode(frame)
+
+
+class FilteredDecode:
+    """`decode` of one of two overlapping connections."""
+
+    def __init__(self, overlap: OverlapFilter, sign: int) -> None:
+        self._overlap, self._sign = overlap, sign
+
+    def __call__(self, frame: bytes) -> None:
+        self._overlap.decode(frame, self._sign)
+
+
+class Connector:
+    """Runs one connection until `stop` is set; `streams` is what it subscribes to."""
+
+    def __init__(self, name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
+        kind = venue_class(settings.exchange)
+        self.name, self.settings = name, settings
+        self.emit = Emit(rings, name, kind.EXCHANGE, settings.feeds, capacities=settings.capacity)
+        self.venue = kind(self.emit, venue_options(settings, kind), streams)
+        self.venue.resume()
+        self.stop = asyncio.Event()
+        self._limits = kind.LIMITS
+        self._ws_url = (settings.ws_url or kind.WS_URL).rstrip("/")
+        rest_url = settings.rest_url or kind.REST_URL
+        self._tls: ssl.SSLContext | None = None
+        if self._ws_url.startswith("wss") or rest_url.startswith("https"):
+            self._tls = tls_context(Path(settings.ca_file) if settings.ca_file else None)
+        limits, budgets = kind.LIMITS, rings / "_budgets"
+        self._connects = Budget(budgets / f"{kind.NAME}-connects", *limits.connects)
+        weight = Budget(budgets / f"{kind.NAME}-weight", limits.weight[0] * WEIGHT_SHARE, limits.weight[1])
+        self._fetcher = Fetcher(self.emit, self.venue, rest_url, weight, self._tls)
+        self._stats = StatsWriter(self.emit.directory)
+        self._leg: Leg | None = None
+        self._reconnect: Reconnect | None = None
+        self._woken = asyncio.Event()
+        self._attempt = 0
+        self._rows, self._data_ns, self._flowing_since_ns = self._rows_now(), 0, 0
+        self._messages_per_s = limits.messages_per_s  # halved whenever the venue finds it too much
+        self._send_tokens, self._sent_at = self._messages_per_s, time.monotonic()
+        self._ahead_since_ns: dict[str, int] = {}  # ticker -> since when its best prices change and its book does not
+        self._silent_book = ""
+        self._started_ns = time.time_ns()
+        self._state = "starting"
+        self._last_error = ""
+        self._holes_from_us = self._last_unsequenced_us()  # feed -> last row before the hole that is open now
+
+    # The life of the process
+
+    async def run(self) -> None:
+        """Collect until `stop` is set. Raises what is a bug; everything the outside does is handled here."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # nothing on the hot path makes cycles; a collection would stall it
+        tasks = [
+            loop.create_task(self._keep_connected()),
+            loop.create_task(self._fetcher.run(self._carry_out_current)),
+            loop.create_task(self._tick_for_ever()),
+        ]
+        stopped = loop.create_task(self.stop.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopped}:
+                task.result()  # raises what ended it
+        finally:
+            for task in (*tasks, stopped):
+                task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            await self._shut_down()
+
+    async def _keep_connected(self) -> None:
+        while True:
+            wait_s = 0.0
+            try:
+                if self._leg is None:
+                    self._state = "connecting"
+                    await self._connects.spend(1)
+                    self._leg = await self._open(self.venue.decode)
+                    self._tell_holes()
+                await self._serve(self._leg)
+            except RateLimited as error:
+                self._connects.block(error.retry_after_s)
+                self._note(error, "rate_limited")
+            except Disconnected as error:
+                self._note(error, "stale" if isinstance(error, Stale) else "disconnected")
+            if self._reconnect is not None:
+                wait_s, self._reconnect = self._reconnect.wait_s, None
+                if wait_s:
+                    self._messages_per_s = max(MESSAGES_PER_S_LEAST, self._messages_per_s / 2)
+            self._drop_leg()
+            self._state = "waiting to reconnect"
+            await asyncio.sleep(wait_s + self._jitter_s())
+
+    def _jitter_s(self) -> float:
+        """The wait before the next attempt: full jitter below a cap that doubles with each attempt."""
+        most_s = min(self.settings.reconnect_most_s, BACKOFF_FIRST_S * 2.0**self._attempt)
+        self._attempt = min(self._attempt + 1, 30)
+        return random.uniform(0, most_s)  # noqa: S311 (jitter, not secrecy)
+
+    async def _open(self, decode: object) -> Leg:
+        legs: list[Leg] = []
+
+        def make() -> Leg:
+            legs.append(Leg(self.emit, decode, self._on_packet))  # type: ignore[arg-type]
+            return legs[-1]
+
+        leg = await open_leg(self._ws_url + self.venue.ws_path(), make, self._tls)
+        self.emit.counters["connections"] += 1
+        for stream in self.venue.proof.values():
+            stream.requested_ns = time.time_ns()
+        self.venue.opened()
+        self._carry_out(leg)
+        return leg
+
+    async def _serve(self, leg: Leg) -> None:
+        """Watch one connection until it ends or is to be replaced. Returns after a new one has taken over."""
+        self._state = "connected"
+        self._data_ns, self._flowing_since_ns = time.time_ns(), 0
+        self._ahead_since_ns, self._silent_book = {}, ""
+        stale_s = self.settings.stale_s or self._limits.stale_s
+        ends_at, again_at = self._end_of(), 0.0
+        while True:
+            await self._wait(leg, TICK_S)
+            self._raise_if_over(leg)
+            if time.time_ns() - self._data_ns > stale_s * 1e9:
+                raise Stale(f"no data for {stale_s:g} s")
+            if self._silent_book:
+                raise Stale(f"best prices of {self._silent_book} change, its book does not")
+            due = self._reconnect
+            if due is None and ends_at and time.monotonic() > ends_at:
+                due = Reconnect(LIFETIME, overlap=True)
+            if due is None or time.monotonic() < again_at:
+                continue
+            self._reconnect = due
+            if not due.overlap:
+                raise Disconnected(due.cause)
+            try:
+                leg = self._leg = await self._replace(leg, due.cause)
+            except (Disconnected, RateLimited) as error:
+                if leg.closed.is_set():
+                    raise
+                # The old connection still delivers: it stays, and the next attempt is spread as any other one.
+                self._note(error, "rollover_failed")
+                wait_s = error.retry_after_s if isinstance(error, RateLimited) else 0.0
+                again_at = time.monotonic() + wait_s + self._jitter_s()
+                continue
+            self._reconnect, ends_at = None, self._end_of()
+
+    def _end_of(self) -> float:
+        """When (monotonic) a connection that begins now is to be replaced; 0 = never."""
+        if self.settings.lifetime_s:
+            return time.monotonic() + self.settings.lifetime_s
+        if not self._limits.lifetime_s:
+            return 0.0
+        early_s = ROLLOVER_BEFORE_END_S * random.uniform(0.5, 1.0)  # noqa: S311 (spread, not secrecy)
+        return time.monotonic() + self._limits.lifetime_s - early_s
+
+    async def _replace(self, old: Leg, cause: str) -> Leg:
+        """Open the next connection, let both deliver for a while, close the old one. No row is lost or doubled."""
+        self._state = f"replacing ({cause})"
+        self.emit.counters["rollovers"] += 1
+        overlap = OverlapFilter(self.venue, self.emit)
+        self.venue.overlapping = True
+        old.decode = overlap.decode_of(+1)
+        new: Leg | None = None
+        try:
+            # A venue that gives notice may be gone soon: then there is no time to spare.
+            begins = time.monotonic() + (OVERLAP_LEAD_S if cause == LIFETIME else 0.0)
+            while time.monotonic() < begins and not old.closed.is_set():
+                await self._wait(old, TICK_S)
+            new = await self._open_beside(old, overlap.decode_of(-1))
+            self._leg = new
+            await self._overlap(old, new)
+        except (Disconnected, RateLimited):
+            if new is not None:
+                new.close()
+            old.decode, self._leg = self.venue.decode, old
+            raise
+        finally:
+            self.venue.overlapping = False
+        old.close()
+        # What the old one brought may still be on its way on the new one, so the filter stays for a while.
+        tail_until = time.monotonic() + OVERLAP_TAIL_MOST_S
+        while not overlap.quiet and time.monotonic() < tail_until and not new.closed.is_set():
+            await self._wait(new, TICK_S)
+        new.decode = self.venue.decode
+        self._raise_if_over(new)
+        self._state = "connected"
+        return new
+
+    async def _overlap(self, old: Leg, new: Leg) -> None:
+        """Until the new connection has shown for a while that it delivers, or the old one ends by itself."""
+        deadline, flowing_since = time.monotonic() + OVERLAP_MOST_S, 0.0
+        while time.monotonic() < deadline and not old.closed.is_set():
+            await self._wait(new, TICK_S)
+            self._raise_if_over(new)
+            if old.crash is not None:
+                raise old.crash
+            if new.packets and self._proven() and not flowing_since:
+                flowing_since = time.monotonic()
+            if flowing_since and time.monotonic() - flowing_since > OVERLAP_S:
+                return
+        if not flowing_since:  # then the two were not open side by side
+            self._holes_from_us = {**self._last_unsequenced_us(), **self._holes_from_us}
+            self._tell_holes()
+
+    async def _open_beside(self, old: Leg, decode: FilteredDecode) -> Leg:
+        """Open the next connection, trying again as long as the old one lives."""
+        while True:
+            self._connects.take(1)  # never waits: the old connection is about to end
+            try:
+                return await self._open(decode)
+            except (Disconnected, RateLimited) as error:
+                self._note(error, "rollover_failed")
+                wait_s = error.retry_after_s if isinstance(error, RateLimited) else ROLLOVER_RETRY_S
+                await self._wait(old, wait_s)
+                self._raise_if_over(old)
+
+    def _raise_if_over(self, leg: Leg) -> None:
+        if leg.crash is not None:
+            raise leg.crash
+        if leg.closed.is_set():
+            raise Disconnected(leg.cause)
+
+    async def _wait(self, leg: Leg, seconds: float) -> None:
+        """Until the connection ends or something is wanted, at most so long."""
+        closed = asyncio.ensure_future(leg.closed.wait())
+        woken = asyncio.ensure_future(self._woken.wait())
+        try:
+            await asyncio.wait([closed, woken], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closed.cancel()
+            woken.cancel()
+        self._woken.clear()
+
+    def _drop_leg(self) -> None:
+        if self._leg is None:
+            return
+        self._leg.close()
+        self._leg = None
+        self._holes_from_us = {**self._last_unsequenced_us(), **self._holes_from_us}
+        self.venue.disconnected("reconnect")
+
+    def _note(self, error: Exception, kind: str) -> None:
+        self.emit.counters[kind] += 1
+        self._last_error = f"{type(error).__name__}: {error}"
+        log.warning("%s: %s", self.name, self._last_error)
+
+    async def _shut_down(self) -> None:
+        """Say goodbye to the venue, publish what is held, close the rings."""
+        self._state = "stopped"
+        if self._leg is not None:
+            self._tell_holes()
+        if self._leg is not None and not self._leg.closed.is_set():
+            for text in self.venue.closing():
+                self._leg.send(text)
+            self._leg.close()
+            try:
+                await asyncio.wait_for(self._leg.closed.wait(), SHUTDOWN_S)
+            except TimeoutError:
+                log.warning("%s: the venue did not end the connection within %g s", self.name, SHUTDOWN_S)
+        for _ in self.venue.finish():
+            await asyncio.sleep(0)
+        self.emit.tick()
+        self.emit.close()
+        self._publish()
+
+    # What the venue wants
+
+    def _on_packet(self, leg: Leg) -> None:
+        if self.venue.wants:
+            self._carry_out(leg)
+
+    def _carry_out_current(self) -> None:
+        if self._leg is not None:
+            self._carry_out(self._leg)
+
+    def _carry_out(self, leg: Leg) -> None:
+        wants = self.venue.wants
+        while wants:
+            want = wants.popleft()
+            if isinstance(want, Fetch):
+                self._fetcher.want(want)
+            elif isinstance(want, Reconnect):
+                self._reconnect = want
+                self._woken.set()
+            elif want.urgent:
+                leg.send(want.text)
+            else:
+                leg.outbox.append(want.text)
+        self._send_due(leg)
+
+    def _send_due(self, leg: Leg) -> None:
+        """Send what waits, as fast as the venue takes messages."""
+        now, rate = time.monotonic(), self._messages_per_s
+        self._send_tokens = min(max(1.0, rate), self._send_tokens + (now - self._sent_at) * rate)
+        self._sent_at = now
+        while leg.outbox and self._send_tokens >= 1:
+            self._send_tokens -= 1
+            leg.send(leg.outbox.popleft())
+
+    # Housekeeping
+
+    async def _tick_for_ever(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            ticks += 1
+            self._look_for_data()
+            self.emit.tick()
+            if self._leg is not None:
+                self.venue.tick(time.time_ns())
+                if not self._leg.tails_checked and time.time_ns() - self._leg.opened_ns > TAIL_CHECK_S * 1e9:
+                    self._leg.tails_checked = True
+                    self.venue.check_tails()
+                self._carry_out(self._leg)
+            if ticks % STATS_EVERY_TICKS == 0:
+                self._look_for_silent_books()
+                self._publish()
+
+    def _rows_now(self) -> int:
+        return sum(ring.next for name, ring in self.emit.rings.items() if name != GAPS.name)
+
+    def _look_for_data(self) -> None:
+        """Only rows count as data: heartbeats, replies and refused frames do not keep a connection."""
+        rows, now = self._rows_now(), time.time_ns()
+        if rows == self._rows:
+            return
+        self._rows, self._data_ns = rows, now
+        self._flowing_since_ns = self._flowing_since_ns or now
+        if now - self._flowing_since_ns > DATA_FLOWS_S * 1e9:
+            self._attempt = 0
+        if self._holes_from_us and self._proven():
+            self._tell_holes()
+            self._holes_from_us = {}
+
+    def _look_for_silent_books(self) -> None:
+        """A changing best price is a changed book: one whose changes stay away has lost its stream.
+
+        Other streams may rightly be silent for long, so only this one is held against a sibling.
+        """
+        now, emit = time.time_ns(), self.emit
+        patience_ns = int((self.settings.stale_s or self._limits.stale_s) * 1e9)
+        for ticker, book in self.venue.books.items():
+            if book.state != LIVE or emit.last_row_ns("bbo", ticker) <= emit.last_row_ns("orderbook_l2", ticker):
+                self._ahead_since_ns.pop(ticker, None)
+            elif now - self._ahead_since_ns.setdefault(ticker, now) > patience_ns:
+                self._silent_book = ticker
+
+    def _proven(self) -> bool:
+        """Every subscription is confirmed on the connection that is open now, or refused for good."""
+        leg = self._leg
+        return leg is not None and all(
+            s.acknowledged_ns > leg.opened_ns or s.refused for s in self.venue.proof.values()
+        )
+
+    def _tell_holes(self) -> None:
+        """Record what the feeds without ids may have missed: once before the first row behind the hole, so that even
+        a crash right then leaves no silent hole, and once more when it is known where it ends.
+        """
+        cause = "reconnect" if self.emit.counters["connections"] > 1 else "restart"
+        if self._holes_from_us:  # the rows are of now, not of a packet that may never have come
+            self.emit.packet(time.time_ns(), self.emit.clock())
+        for feed, from_us in self._holes_from_us.items():
+            self.emit.gap(feed, "*", from_time=from_us, to_time=time.time_ns() // 1000, cause=cause)
+
+    def _last_unsequenced_us(self) -> dict[str, int]:
+        """Receive time of the last row of each feed without ids that has one."""
+        last: dict[str, int] = {}
+        for name, ring in self.emit.rings.items():
+            if name not in (*SEQUENCED, GAPS.name) and ring.next:
+                last[name] = int(ring.recent_rows(ring.next - 1)["rcv_timestamp"][-1])
+        return last
+
+    def _publish(self) -> None:
+        emit, venue = self.emit, self.venue
+        invalid = sorted(t for t, book in venue.books.items() if book.state != "live")
+        self._stats.publish(
+            {
+                "role": "connector",
+                "name": self.name,
+                "exchange": self.settings.exchange,
+                "state": self._state,
+                "started_ns": self._started_ns,
+                "data_ns": self._data_ns,
+                "last_error": self._last_error,
+                "packets": self._leg.packets if self._leg is not None else 0,
+                "books": len(venue.books),
+                "trades_unproven": sum(sync.unproven for sync in venue.trade_syncs.values()),
+                "books_invalid": invalid[:100],
+                "books_invalid_count": len(invalid),
+                "fetches_waiting": self._fetcher.waiting,
+                "fetch_blocked_until_ns": self._fetcher.blocked_until_ns,
+                "rss_bytes": psutil.Process().memory_info().rss,
+                "notes": dict(venue.notes),
+                "streams": {
+                    s.name: {
+                        "feed": s.feed,
+                        "ticker": s.ticker,
+                        "requested_ns": proof.requested_ns,
+                        "acknowledged_ns": proof.acknowledged_ns,
+                        "refused": proof.refused,
+                        "data_ns": emit.last_row_ns(s.feed, s.ticker),
+                    }
+                    for s in venue.streams
+                    if (proof := venue.proof.get(s.name)) is not None
+                },
+                **emit.snapshot(),
+            }
+        )
+
+
+def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
+    """What a connector's configuration says to its venue, with credentials from where they are kept."""
+    unknown = [feed for feed in settings.feeds if feed not in kind.FEEDS]
+    if unknown:
+        raise ConfigError(f"feeds: {', '.join(unknown)} not offered by {kind.NAME}; it has {', '.join(kind.FEEDS)}")
+    strange = [interval for interval in settings.intervals if interval not in kind.INTERVALS]
+    if "candles" in settings.feeds and strange:
+        raise ConfigError(
+            f"intervals: {', '.join(strange)} not offered by {kind.NAME}; it has {', '.join(kind.INTERVALS)}"
+        )
+    return Options(
+        ws_url=settings.ws_url,
+        rest_url=settings.rest_url,
+        book_depth=settings.book_depth,
+        book_interval=settings.book_interval,
+        intervals=tuple(settings.intervals),
+        credentials=config.credentials(kind.NAME, kind.CREDENTIALS, settings.credentials_file),
+    )
+
+
+def pin(cpu: int | None) -> None:
+    """Pin this process to a CPU."""
+    if cpu is not None:
+        psutil.Process().cpu_affinity([cpu])
+
+
+def run_connector(name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
+    """The process of one connector; returns after a stop signal. RingError or ConfigError: it cannot run as configured."""
+    pin(settings.cpu)
+    asyncio.run(_run(name, settings, rings, streams))
+
+
+async def _run(name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
+    await Connector(name, settings, rings, streams).run()

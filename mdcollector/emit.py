@@ -1,0 +1,457 @@
+"""The emitter: what a venue's decoder says becomes rows in the rings. The only writer of a connector's rings.
+
+Called by `exchanges/*` through `continuity.py` or directly, once per event, synchronously; knows no venue. It owns the
+packet's receive time, the instrument codes, the row flags of a replay, the refusal of impossible numbers and the
+counters of what was refused. `trade`, `bbo` and `levels` are the hot path and write into the ring's memory themselves.
+"""
+
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from mdcollector.errors import FrameError, RingError
+from mdcollector.records import FEEDS, GAPS, ORDERBOOK_L2, TRADES, UINT32_MAX, Exchange, Flag
+from mdcollector.ring import RingWriter, ring_dir
+from mdcollector.stats import Histogram
+
+PRICE_MAX = 1e15  # no market quotes beyond it; a number like that is a broken frame
+QTY_MAX = 1e18
+TIME_MAX_US = 4_102_444_800_000_000  # 2100-01-01: an event time beyond it is a broken frame
+TRADES_MAX = 10_000  # in one message; an answer of any venue's REST interface has 1000 at most
+TRADE_ID_BYTES_MAX = TRADES.dtype["trade_id"].itemsize
+SAMPLE_BYTES_MAX = 512  # kept of the first frame refused for each reason
+REASONS_MAX = 200  # distinct reasons that are counted by name; the rest is counted as "other"
+
+CAPACITIES = {  # rows; default sizes of the rings, 128 MiB at most each
+    "trades": 1 << 19, "orderbook_l2": 1 << 20, "bbo": 1 << 19, "tickers": 1 << 15,
+    "candles": 1 << 15, "liquidations": 1 << 15, "gaps": 1 << 14,
+}  # fmt: skip
+
+SAMPLES_PER_TICK = 2048  # rows of a ring whose latencies are looked at in one tick
+
+_LAST, _TIME_LOCAL = int(Flag.LAST), int(Flag.TIME_LOCAL)
+_NOT_LIVE = int(Flag.REPAIRED | Flag.SNAPSHOT)
+_NAN = float("nan")
+# Where the columns of a level lie in its row, in bytes; side and action lie in one half-word.
+_LEVEL_BYTES = ORDERBOOK_L2.dtype.itemsize
+_LEVEL_WORDS = _LEVEL_BYTES // 8
+_FLAGS, _SIDE, _PRICE, _QTY, _SEQ = (
+    ORDERBOOK_L2.dtype.fields[name][1]  # type: ignore[index]
+    for name in ("flags", "side", "price", "qty", "seq_id")
+)
+_NUMBERS = 4096  # sequence numbers that are kept ready, so that none is made as it is needed
+_pack_level = ORDERBOOK_L2.packer.pack
+
+Views = tuple["memoryview[int]", "memoryview[int]", "memoryview[int]", np.ndarray[Any, Any]]
+
+
+def _views(rows: memoryview) -> Views:
+    """The same rows as bytes, half-words and words, and price and quantity as an array."""
+    numbers = np.frombuffer(rows, "<f8").reshape(-1, _LEVEL_BYTES // 8)
+    return rows, rows.cast("h"), rows.cast("l"), numbers[:, _PRICE // 8 : _QTY // 8 + 1]
+
+
+def level_code(side: int, action: int) -> bytes:
+    """Side and action of a level as they lie in its row."""
+    return struct.pack("bB", side, action)
+
+
+class Instrument:
+    """One symbol and its code in each ring (the tables of different rings grow independently)."""
+
+    __slots__ = ("bbo", "codes", "orderbook_l2", "ticker", "trades")
+
+    def __init__(self, ticker: str, codes: Mapping[str, int]) -> None:
+        self.ticker = ticker
+        self.codes = dict(codes)
+        self.trades, self.orderbook_l2, self.bbo = (codes.get(f, 0) for f in ("trades", "orderbook_l2", "bbo"))
+
+
+TradeArgs = tuple[
+    Instrument, int, int, float, float, int, bytes
+]  # instrument, timestamp, side, price, qty, trade_seq, trade_id
+
+
+class Emit:
+    """Rows of one connector.
+
+    `clock` gives monotonic ns and is handed in so that a replay can be deterministic; `replayed` flags every row.
+    """
+
+    def __init__(
+        self,
+        rings: Path,
+        connector: str,
+        exchange: Exchange,
+        feeds: Sequence[str],
+        *,
+        capacities: Mapping[str, int] | None = None,
+        clock: Callable[[], int] = time.perf_counter_ns,
+        replayed: bool = False,
+        epoch: int | None = None,
+        semaphore: bool = True,
+    ) -> None:
+        self.connector, self.exchange, self.clock = connector, exchange, clock
+        self.counters: Counter[str] = Counter()
+        self.samples: dict[str, str] = {}
+        self.directory = ring_dir(rings, connector)
+        self._code = int(exchange)
+        self._base_flags = int(Flag.REPLAYED) if replayed else 0
+        sizes = {**CAPACITIES, **(capacities or {})}
+        epoch = time.time_ns() // 1_000_000 if epoch is None else epoch  # one life, one epoch for all its rings
+        self.rings: dict[str, RingWriter] = {}
+        try:
+            for feed in (*feeds, GAPS.name):
+                self.rings[feed] = RingWriter(
+                    self.directory,
+                    FEEDS[feed],
+                    exchange=exchange.name,
+                    connector=connector,
+                    capacity=sizes[feed],
+                    epoch=epoch,
+                    semaphore=semaphore,
+                )
+        except RingError:
+            self.close()
+            raise
+        self._all_rings = list(self.rings.values())
+        self._trades = self.rings.get("trades")
+        self._bbo = self.rings.get("bbo")
+        self._levels = self.rings.get("orderbook_l2")
+        self._level_views = _views(self._levels.data) if self._levels is not None else None
+        self._numbers_from, self._numbers = 0, np.arange(_NUMBERS).data
+        self._instruments: dict[str, Instrument] = {}
+        self.rcv_us = self.t0_ns = 0
+        self.packet_id = 1 + max(int(r.recent_rows(r.next - 1)["packet_id"].max(initial=-1)) for r in self._all_rings)
+        self._seen = {name: ring.next for name, ring in self.rings.items()}
+        self.parse_ns, self.publish_ns = Histogram(), Histogram()
+        self.activity: dict[str, np.ndarray[Any, Any]] = {name: np.zeros(0, np.int64) for name in self.rings}
+
+    def instrument(self, ticker: str) -> Instrument:
+        """The instrument of that name; it enters the tables of all rings when it is first asked for."""
+        found = self._instruments.get(ticker)
+        if found is None:
+            try:
+                codes = {name: ring.code(ticker) for name, ring in self.rings.items()}
+            except RingError as error:
+                raise FrameError("instrument_refused", str(error)) from error
+            found = self._instruments[ticker] = Instrument(ticker, codes)
+        return found
+
+    # The packet
+
+    def packet(self, rcv_ns: int, t0_ns: int) -> None:
+        """A network read begins: wall clock and monotonic clock, both taken before any parsing."""
+        self.rcv_us = rcv_ns // 1000
+        self.t0_ns = t0_ns
+        self.packet_id += 1
+
+    def end_packet(self) -> None:
+        """A network read is decoded: wake sleeping readers, and seal before a block could be overwritten unsealed."""
+        for ring in self._all_rings:
+            if ring.next - ring.sealed >= 1024:
+                ring.seal()
+            ring.wake()
+
+    def refused(self, reason: str, raw: bytes, text: str = "") -> None:
+        """Count an unusable frame by reason and keep the first one as a sample."""
+        key = f"refused_{reason}"
+        if key not in self.counters and sum(k.startswith("refused_") for k in self.counters) >= REASONS_MAX:
+            key = "refused_other"
+        self.counters[key] += 1
+        if key not in self.samples:
+            sample = raw[:SAMPLE_BYTES_MAX].decode(errors="backslashreplace")
+            self.samples[key] = f"{text[:SAMPLE_BYTES_MAX]} | {sample}"
+
+    def refused_error(self, error: Exception, raw: bytes) -> None:
+        """Count a frame that a decoder refused, under the reason that its error tells."""
+        if isinstance(error, FrameError):
+            self.refused(error.reason, raw, str(error))
+        else:
+            self.refused("wrong_type" if isinstance(error, msgspec.ValidationError) else "malformed", raw, str(error))
+
+    # Events
+
+    def _stage(self) -> int:
+        """ns since the packet was read, as a stage time."""
+        passed = self.clock() - self.t0_ns
+        return passed if 0 <= passed < UINT32_MAX else UINT32_MAX
+
+    def trade(
+        self,
+        instrument: Instrument,
+        timestamp: int,
+        side: int,
+        price: float,
+        qty: float,
+        trade_seq: int,
+        flags: int = _LAST,
+        trade_id: bytes = b"",
+    ) -> None:
+        """One execution; FrameError when a number is impossible. `trade_id` (of at most TRADE_ID_BYTES_MAX) is empty
+        where it is the counter. The hottest method."""
+        clock, t0_ns = self.clock, self.t0_ns  # `self.clock()` would be looked up as a method: 20 ns
+        parse_ns = clock() - t0_ns
+        if not (-PRICE_MAX < price < PRICE_MAX and 0.0 <= qty < QTY_MAX and 0 < timestamp < TIME_MAX_US):
+            raise FrameError("absurd_number", f"trade price={price} qty={qty} timestamp={timestamp}")
+        ring = self._trades
+        if ring is None:
+            return
+        n = ring.next
+        if n >= ring.limit:
+            ring.claim(1)
+        pack_into = ring.pack_into
+        publish_ns = clock() - t0_ns
+        if publish_ns > UINT32_MAX:
+            parse_ns, publish_ns = min(parse_ns, UINT32_MAX), UINT32_MAX
+        pack_into(
+            ring.data, (n & ring.mask) << 7, timestamp, self.rcv_us, self.packet_id, parse_ns, publish_ns,
+            instrument.trades, self._code, flags | self._base_flags, side, price, qty, trade_seq, trade_id, n,
+        )  # fmt: skip
+        ring.published[0] = ring.next = n + 1
+
+    def check_trades(self, trades: Sequence[TradeArgs]) -> None:
+        """FrameError when a number of any of them is impossible, or there are more than one message can have."""
+        if len(trades) > TRADES_MAX:
+            raise FrameError("too_many_trades", f"{len(trades)} trades in one message")
+        for instrument, timestamp, _, price, qty, _, trade_id in trades:
+            if len(trade_id) > TRADE_ID_BYTES_MAX:
+                raise FrameError("trade_id_too_long", f"{instrument.ticker} {trade_id!r}")
+            if not (-PRICE_MAX < price < PRICE_MAX and 0.0 <= qty < QTY_MAX and 0 < timestamp < TIME_MAX_US):
+                text = f"trade of {instrument.ticker} price={price} qty={qty} timestamp={timestamp}"
+                raise FrameError("absurd_number", text)
+
+    def trades(self, trades: Sequence[TradeArgs], flags: int = 0) -> None:
+        """The executions of one message visible at once, the last one flagged LAST."""
+        self.check_trades(trades)
+        parse_ns, ring = self._stage(), self._trades
+        if ring is None or not trades:
+            return
+        flags |= self._base_flags
+        last, publish_ns = len(trades) - 1, self._stage()
+        ring.append_many(
+            [
+                (timestamp, self.rcv_us, self.packet_id, parse_ns, publish_ns, instrument.trades, self._code,
+                 flags | _LAST if i == last else flags, side, price, qty, trade_seq, trade_id)
+                for i, (instrument, timestamp, side, price, qty, trade_seq, trade_id) in enumerate(trades)
+            ]
+        )  # fmt: skip
+
+    def bbo(
+        self,
+        instrument: Instrument,
+        timestamp: int,
+        bid_price: float,
+        bid_qty: float,
+        ask_price: float,
+        ask_qty: float,
+        update_id: int = -1,
+        flags: int = _LAST,
+    ) -> None:
+        """Best bid and offer; a side without orders is NaN and 0. `timestamp` 0 = the exchange gave none."""
+        clock, t0_ns = self.clock, self.t0_ns
+        parse_ns = clock() - t0_ns
+        if not (-PRICE_MAX < bid_price < PRICE_MAX and -PRICE_MAX < ask_price < PRICE_MAX):
+            for price, qty in ((bid_price, bid_qty), (ask_price, ask_qty)):
+                if not (-PRICE_MAX < price < PRICE_MAX or (price != price and qty == 0)):
+                    raise FrameError("absurd_number", f"bbo price={price}")
+        if not (0.0 <= bid_qty < QTY_MAX and 0.0 <= ask_qty < QTY_MAX and 0 <= timestamp < TIME_MAX_US):
+            raise FrameError("absurd_number", f"bbo bid_qty={bid_qty} ask_qty={ask_qty} timestamp={timestamp}")
+        ring = self._bbo
+        if ring is None:
+            return
+        if not timestamp:
+            timestamp, flags = self.rcv_us, flags | _TIME_LOCAL
+        n = ring.next
+        if n >= ring.limit:
+            ring.claim(1)
+        pack_into = ring.pack_into
+        publish_ns = clock() - t0_ns
+        if publish_ns > UINT32_MAX:
+            parse_ns, publish_ns = min(parse_ns, UINT32_MAX), UINT32_MAX
+        pack_into(
+            ring.data, (n & ring.mask) << 7, timestamp, self.rcv_us, self.packet_id, parse_ns, publish_ns,
+            instrument.bbo, self._code, flags | self._base_flags, bid_price, bid_qty, ask_price, ask_qty, update_id, n,
+        )  # fmt: skip
+        ring.published[0] = ring.next = n + 1
+
+    def levels(
+        self,
+        instrument: Instrument,
+        timestamp: int,
+        flags: int,
+        parse_ns: int,
+        values: np.ndarray[Any, Any],
+        codes: bytes,
+        update_id: int,
+    ) -> None:
+        """The changed levels of one book message, visible at once, the last one flagged LAST.
+
+        `values`: price and quantity of each level, checked by the book; `codes`: the `level_code` of each level.
+        Rows are written column by column: 2.8 us for 40 levels, where packing them one by one took 4.6 us.
+        """
+        ring, views, count = self._levels, self._level_views, len(codes) // 2
+        if ring is None or views is None or not count:
+            return
+        n = ring.next
+        if n + count > ring.limit:
+            ring.claim(count)
+        if not timestamp:
+            timestamp, flags = self.rcv_us, flags | _TIME_LOCAL
+        flags |= self._base_flags
+        number = n - self._numbers_from
+        if not 0 <= number <= len(self._numbers) - count:
+            self._numbers_from, self._numbers = n, np.arange(n, n + max(count, _NUMBERS)).data
+            number = 0
+        low = (n & ring.mask) * _LEVEL_BYTES
+        high = low + count * _LEVEL_BYTES
+        wraps = high > len(ring.data)
+        if wraps:
+            low, high, views = 0, high - low, _views(memoryview(bytearray(high - low)))
+        data, halves, words, numbers = views
+        publish_ns = self.clock() - self.t0_ns
+        if publish_ns > UINT32_MAX:
+            parse_ns, publish_ns = min(parse_ns, UINT32_MAX), UINT32_MAX
+        row = _pack_level(
+            timestamp, self.rcv_us, self.packet_id, parse_ns, publish_ns, instrument.orderbook_l2,
+            self._code, flags, 0, 0, 0.0, 0.0, update_id, 0,
+        )  # fmt: skip
+        data[low:high] = row * count
+        halves[(low + _SIDE) // 2 : high // 2 : _LEVEL_BYTES // 2] = memoryview(codes).cast("h")
+        words[(low + _SEQ) // 8 : high // 8 : _LEVEL_BYTES // 8] = self._numbers[number : number + count]
+        numbers[low // _LEVEL_BYTES : high // _LEVEL_BYTES] = values
+        data[high - _LEVEL_BYTES + _FLAGS] = flags | _LAST
+        if wraps:
+            at = (n & ring.mask) * _LEVEL_BYTES
+            first = len(ring.data) - at
+            ring.data[at:], ring.data[: high - first] = data[:first], data[first:]
+        ring.published[0] = ring.next = n + count
+
+    def _append(
+        self, feed: str, instrument: Instrument, timestamp: int, flags: int, values: tuple[object, ...]
+    ) -> None:
+        """One row of a feed that is not hot; `values` are the feed's own columns in ring order."""
+        ring = self.rings.get(feed)
+        if ring is None:
+            return
+        if not timestamp:
+            timestamp, flags = self.rcv_us, flags | _TIME_LOCAL
+        stage = self._stage()
+        ring.append(
+            (timestamp, self.rcv_us, self.packet_id, stage, stage, instrument.codes[feed], self._code,
+             flags | _LAST | self._base_flags, *values)
+        )  # fmt: skip
+
+    def ticker(self, instrument: Instrument, timestamp: int, *, next_funding_time: int = -1, **values: float) -> None:
+        """24 h statistics and marks, by column name of the feed `tickers`; what is not given is NaN."""
+        for name, value in values.items():
+            if not -QTY_MAX < value < QTY_MAX:
+                raise FrameError("absurd_number", f"ticker {name}={value}")
+        if not (0 <= timestamp < TIME_MAX_US and -1 <= next_funding_time < TIME_MAX_US):
+            raise FrameError("absurd_number", f"ticker timestamp={timestamp} next_funding_time={next_funding_time}")
+        numbers = [values.pop(c.name, _NAN) if c.ring == "f8" else next_funding_time for c in FEEDS["tickers"].words]
+        assert not values, values
+        self._append("tickers", instrument, timestamp, 0, tuple(numbers))
+
+    def candle(
+        self,
+        instrument: Instrument,
+        timestamp: int,
+        interval: bytes,
+        open_time: int,
+        ohlc: tuple[float, float, float, float],
+        volume: float,
+        trades: int,
+        closed: bool,
+        flags: int = 0,
+    ) -> None:
+        """One version of a candle; `volume` NaN and `trades` -1 where the venue has none."""
+        if not all(-PRICE_MAX < price < PRICE_MAX for price in ohlc) or not (0 <= volume < QTY_MAX or volume != volume):
+            raise FrameError("absurd_number", f"candle {ohlc} volume={volume}")
+        if not (0 <= timestamp < TIME_MAX_US and 0 < open_time < TIME_MAX_US and -1 <= trades < 1 << 62):
+            raise FrameError("absurd_number", f"candle timestamp={timestamp} open_time={open_time} trades={trades}")
+        if len(interval) > 8:
+            raise FrameError("unknown_interval", interval.decode(errors="replace"))
+        self._append("candles", instrument, timestamp, flags, (closed, interval, open_time, *ohlc, volume, trades))
+
+    def liquidation(self, instrument: Instrument, timestamp: int, side: int, price: float, qty: float) -> None:
+        """A forced order."""
+        if not (-PRICE_MAX < price < PRICE_MAX and 0 <= qty < QTY_MAX and 0 < timestamp < TIME_MAX_US):
+            raise FrameError("absurd_number", f"liquidation price={price} qty={qty} timestamp={timestamp}")
+        self._append("liquidations", instrument, timestamp, 0, (side, price, qty))
+
+    def gap(
+        self,
+        feed: str,
+        ticker: str,
+        *,
+        first_id: int = -1,
+        last_id: int = -1,
+        from_time: int = -1,
+        to_time: int = 0,
+        cause: str,
+        repaired: bool = False,
+    ) -> None:
+        """A hole for the ledger: ids both included, times in us. A repaired hole is told once more, with `repaired`."""
+        self.counters[f"gap_{feed}_{cause}" + ("_repaired" if repaired else "")] += 1
+        values = (repaired, feed.encode(), first_id, last_id, from_time, to_time or self.rcv_us, cause.encode())
+        self._append(GAPS.name, self.instrument(ticker), 0, 0, values)
+
+    # Housekeeping, some times a second, never per message
+
+    def tick(self) -> None:
+        """Seal, beat, and look at the newest rows: who was active, and a sample of their latencies.
+
+        It stalls the hot path, so it copies nothing and samples: 18 ns a row; with all rows copied it took 210 ns.
+        """
+        now = time.time_ns()
+        for name, ring in self.rings.items():
+            ring.seal()
+            ring.heartbeat()
+            first, self._seen[name] = self._seen[name], ring.next
+            if first == ring.next:
+                continue
+            active = self.activity[name]
+            if len(active) < len(ring.tickers):
+                active = self.activity[name] = np.concatenate(
+                    [active, np.zeros(len(ring.tickers) - len(active), np.int64)]
+                )
+            every = 1 + (ring.next - first) // SAMPLES_PER_TICK
+            for rows in ring.recent_views(first):
+                active[rows["ticker"]] = now
+                if name != GAPS.name:
+                    sample = rows[::every]
+                    live = sample["flags"] & _NOT_LIVE == 0
+                    self.parse_ns.add(sample["parse_ns"][live], every)
+                    self.publish_ns.add(sample["publish_ns"][live], every)
+
+    def last_row_ns(self, feed: str, ticker: str) -> int:
+        """When (as of the last ticks) a row of this feed and instrument was seen; 0 = never."""
+        instrument, seen = self._instruments.get(ticker), self.activity.get(feed)
+        if instrument is None or seen is None or instrument.codes[feed] >= len(seen):
+            return 0
+        return int(seen[instrument.codes[feed]])
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the stats page shows of the rings and of what was refused."""
+        return {
+            "counters": dict(self.counters),
+            "samples": dict(self.samples),
+            "rings": {
+                name: {"published": ring.next, "capacity": ring.capacity, "epoch": ring.epoch}
+                for name, ring in self.rings.items()
+            },
+            "parse_ns": self.parse_ns.snapshot(),
+            "publish_ns": self.publish_ns.snapshot(),
+        }
+
+    def close(self) -> None:
+        """Close all rings; their files stay."""
+        for ring in self.rings.values():
+            ring.close()

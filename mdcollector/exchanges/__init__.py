@@ -1,0 +1,362 @@
+"""The exchange contract: what a venue's file gives, and how it is found (by the name of its file).
+
+A venue is pure translation. `decode` turns a frame into calls of the emitter, synchronously and without I/O; what it
+needs from outside (a message to send, a URL to fetch) it appends to `wants`, and the connector carries it out. So a
+venue runs the same on a live connection and on a recording. Adding one touches no other file.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+import numpy as np
+
+from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, BookSync, FollowRule, TradeSync
+from mdcollector.emit import Emit
+from mdcollector.errors import ConfigError, FrameError
+from mdcollector.records import Exchange
+
+# Types for wire structs: what is outside is refused while decoding, in the C core.
+Id = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Time = Annotated[int, msgspec.Meta(ge=0, le=4_102_444_800_000_000)]  # up to the year 2100, in ms or us
+Quantity = Annotated[float, msgspec.Meta(ge=0)]
+
+ROUTE_LEAD = 10  # bytes in front of a stream's name that are part of its route: a reply may name it at the same place
+ROUTES_MAX = 4096  # streams whose decoder is remembered by name; the frames of more are looked at twice
+REASON_CHARS_MAX = 200  # kept of a reason that a venue gives
+_Body = TypeVar("_Body")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a venue allows. Every number stands in the venue's file with its source and date."""
+
+    streams_per_connection: int
+    messages_per_s: float  # client messages on one connection
+    connects: tuple[int, float]  # new connections per so many seconds, per IP
+    weight: tuple[int, float]  # request weight per so many seconds, per IP
+    lifetime_s: float  # the venue ends a connection after this long; 0 = never
+    stale_s: float = 60.0  # a connection without data for this long is given up
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """One subscription."""
+
+    name: str  # as the venue spells it
+    feed: str
+    ticker: str
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Wanted: this text sent on the connection, within its message rate; an urgent one at once."""
+
+    text: str
+    urgent: bool = False
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """Wanted: this path (with query) below the REST base fetched. Of equal keys one is under way at a time."""
+
+    key: str
+    path: str
+    weight: int
+
+
+class Reconnect(msgspec.Struct, frozen=True):
+    """Wanted: a new connection; `overlap` = open it before the old one is closed (the venue gave notice)."""
+
+    cause: str
+    overlap: bool = False
+    wait_s: float = 0.0
+
+
+class InstrumentInfo(msgspec.Struct, frozen=True):
+    """One instrument that the venue lists."""
+
+    ticker: str
+    active: bool
+    kind: str = "spot"
+    base: str = ""
+    quote: str = ""
+
+
+Want = Send | Fetch | Reconnect
+Decode = Callable[[bytes], None]
+
+
+class Options(msgspec.Struct, kw_only=True):
+    """What the configuration says to a venue. Credentials come from the environment or a file, never from here."""
+
+    ws_url: str = ""
+    rest_url: str = ""
+    book_depth: int = 0  # levels of a snapshot; 0 = the venue's default
+    intervals: tuple[str, ...] = ("1m",)
+    book_interval: str = ""  # "" = the venue's default
+    credentials: Mapping[str, str] = msgspec.field(default_factory=dict)
+
+
+class StreamState(msgspec.Struct):
+    """Proof of one subscription; times in ns since the epoch, 0 = not yet."""
+
+    requested_ns: int = 0
+    acknowledged_ns: int = 0
+    refused: str = ""
+
+
+class Venue(ABC):
+    """One venue as seen by one connector process; lives as long as the process, over all its connections."""
+
+    NAME: ClassVar[str]
+    EXCHANGE: ClassVar[Exchange]
+    FEEDS: ClassVar[tuple[str, ...]]
+    WS_URL: ClassVar[str]
+    REST_URL: ClassVar[str]
+    LIMITS: ClassVar[Limits]
+    INTERVALS: ClassVar[tuple[str, ...]] = ()  # of candles
+    HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
+    PREFIX: ClassVar[bytes]  # how a frame of a stream begins, up to the name of the stream, which ends with a quote
+    CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give
+
+    def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
+        """`open_world`: take every instrument that appears (recordings), else refuse what was not subscribed."""
+        self.emit, self.options, self.open_world = emit, options, open_world
+        self.streams = list(streams)
+        self.proof = {stream.name: StreamState() for stream in streams}
+        self._routes: dict[bytes, Decode] = {}
+        self.decode = self._router()
+        self.wants: deque[Want] = deque()
+        self.books: dict[str, BookSync] = {}
+        self.trade_syncs: dict[str, TradeSync] = {}
+        self.overlapping = False  # two connections deliver at the moment
+        self.notes: dict[str, str] = {}  # what status must show: fallbacks, refused streams
+        self._trades_left, self._books_left = _trades_left(emit), _books_left(emit)
+
+    # Planning, before any connection
+
+    @classmethod
+    @abstractmethod
+    def streams_of(cls, ticker: str, feeds: Sequence[str], options: Options) -> list[Stream]:
+        """Subscriptions that bring these feeds of one instrument."""
+
+    @classmethod
+    @abstractmethod
+    def instruments_path(cls) -> str:
+        """REST path of the list of instruments."""
+
+    @classmethod
+    @abstractmethod
+    def instruments(cls, body: bytes) -> list[InstrumentInfo]:
+        """The instruments in an answer to `instruments_path`."""
+
+    @classmethod
+    def plan(cls, tickers: Sequence[str], feeds: Sequence[str], options: Options) -> list[list[Stream]]:
+        """Streams of each connection: as few as the limits allow, the streams of one instrument together."""
+        connections: list[list[Stream]] = [[]]
+        for ticker in tickers:
+            streams = cls.streams_of(ticker, feeds, options)
+            if len(connections[-1]) + len(streams) > cls.LIMITS.streams_per_connection:
+                connections.append([])
+            connections[-1] += streams
+        return [c for c in connections if c]
+
+    # One connection
+
+    @abstractmethod
+    def ws_path(self) -> str:
+        """Path (with query) below the WebSocket base."""
+
+    @abstractmethod
+    def opened(self) -> None:
+        """A connection is open: want what must be sent first."""
+
+    def _router(self) -> Decode:
+        """`decode`: translate one text message. FrameError or msgspec.DecodeError when it is unusable.
+
+        Hot, hence a closure: the frame's own bytes lead to the decoder of its stream, and all else to `unrouted`.
+        """
+        routes, at, unrouted = self._routes, len(self.PREFIX), self.unrouted
+        start = at - len(self.PREFIX[-ROUTE_LEAD:])
+
+        def decode(frame: bytes) -> None:
+            try:
+                handle = routes[frame[start : frame.index(b'"', at)]]
+            except (KeyError, ValueError):
+                handle = unrouted
+            try:
+                handle(frame)
+            except RecursionError as error:
+                raise FrameError("too_deep") from error
+
+        return decode
+
+    @abstractmethod
+    def unrouted(self, frame: bytes) -> None:
+        """Decode the first frame of a stream, a frame of another form, a reply, a notice, or something unknown."""
+
+    def take_route(self, name: str, frame: bytes, handle: Decode) -> None:
+        """Decode the first frame of a stream, and from now on every frame of it that begins as this one does."""
+        if frame.startswith(self.PREFIX) and len(self._routes) < ROUTES_MAX:
+            self._routes[self.PREFIX[-ROUTE_LEAD:] + name.encode()] = handle
+        handle(frame)
+
+    def carries_data(self, frame: bytes) -> bool:
+        """Whether a frame is market data, so that the same one on another connection is a duplicate."""
+        return frame.startswith(self.PREFIX)
+
+    def closing(self) -> list[str]:
+        """Texts to send before a connection is closed on purpose."""
+        return []
+
+    def disconnected(self, cause: str) -> None:
+        """The connection ended."""
+        for book in self.books.values():
+            book.disconnected(cause)
+        for trade_sync in self.trade_syncs.values():
+            trade_sync.disconnected(cause)
+
+    # HTTP
+
+    @abstractmethod
+    def http(self, url: str, body: bytes) -> None:
+        """The body that `url` answered, wanted or recorded."""
+
+    @abstractmethod
+    def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
+        """A wanted URL was refused for good (4xx that is no rate limit)."""
+
+    def tick(self, now_ns: int) -> None:  # noqa: B027 (most venues have no duty of their own)
+        """Called some times a second while connected."""
+
+    def finish(self) -> Iterator[None]:
+        """The end of the input: publish what is still held, a step at a time so that a reader can keep up."""
+        for book in self.books.values():
+            yield from book.flush()
+
+    # For the venues
+
+    def admit(self, ticker: str) -> None:
+        """FrameError unless rows of this instrument are wanted."""
+        if not self.open_world and ticker not in {stream.ticker for stream in self.streams}:
+            raise FrameError("unknown_symbol", ticker)
+
+    def book(self, ticker: str, follows: FollowRule) -> BookSync:
+        """The live book of an instrument; made when it is first asked for."""
+        found = self.books.get(ticker)
+        if found is None:
+            instrument = self.emit.instrument(ticker)
+            found = self.books[ticker] = BookSync(
+                self.emit, instrument, follows, self.want_snapshot, self._books_left.get(ticker, -1)
+            )
+        return found
+
+    def trade_sync(self, ticker: str) -> TradeSync:
+        """The trade counter of an instrument; made when it is first asked for."""
+        found = self.trade_syncs.get(ticker)
+        if found is None:
+            instrument = self.emit.instrument(ticker)
+            last, holes = self._trades_left.get(ticker, (-1, []))
+            found = self.trade_syncs[ticker] = TradeSync(self.emit, instrument, self.want_repair, last, holes)
+        return found
+
+    @abstractmethod
+    def want_snapshot(self, book: BookSync) -> None:
+        """The book of an instrument needs a snapshot."""
+
+    @abstractmethod
+    def want_repair(self, ticker: str, first: int, last: int) -> None:
+        """Trades first..last of an instrument were missed."""
+
+    def resume(self) -> None:
+        """Take up the trade counters, and the holes in them, that an earlier life left."""
+        for ticker in dict.fromkeys(stream.ticker for stream in self.streams if stream.feed == "trades"):
+            if ticker in self._trades_left:
+                self.trade_sync(ticker)
+
+    def check_tails(self) -> None:
+        """Ask for the trades that an ended connection, or an earlier life, may have missed and that no later one tells.
+
+        Called once per connection, a while after it opened: by then a busy instrument has shown its hole by itself.
+        """
+        for sync in self.trade_syncs.values():
+            if sync.unproven:
+                sync.want_tail()
+
+    def acknowledge(self, names: Sequence[str], now_ns: int) -> None:
+        """The venue confirmed these subscriptions."""
+        for name in names:
+            if (state := self.proof.get(name)) is not None:
+                state.acknowledged_ns, state.refused = now_ns, ""
+
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """The venue refused these subscriptions; the other ones stay."""
+        reason = reason[:REASON_CHARS_MAX]
+        for name in names:
+            self.emit.counters["stream_refused"] += 1
+            self.notes[f"refused {name}"] = reason
+            if (state := self.proof.get(name)) is not None:
+                state.refused = reason
+
+
+def decode_body(decode: Callable[[bytes], _Body], body: bytes) -> _Body:
+    """The body of an answer; one that is nested without end is a FrameError as any other that is unusable."""
+    try:
+        return decode(body)
+    except RecursionError as error:
+        raise FrameError("too_deep") from error
+
+
+def _trades_left(emit: Emit) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+    """Last trade counter, and the holes still open, that an earlier life of this connector left, per instrument."""
+    ring, left = emit.rings.get("trades"), dict[str, tuple[int, list[tuple[int, int]]]]()
+    if ring is None or not ring.next:
+        return left
+    codes, counters = ring.recent_columns("ticker", "trade_seq")
+    for code in np.unique(codes):
+        seen = np.unique(counters[(codes == code) & (counters >= 0)])
+        if not len(seen):
+            continue
+        before = np.flatnonzero(np.diff(seen) > 1)
+        holes = [(int(seen[i]) + 1, int(seen[i + 1]) - 1) for i in before[-HOLES_MAX:]]
+        left[ring.tickers[code]] = int(seen[-1]), [(a, b) for a, b in holes if b - a < REPAIR_IDS_MAX]
+    return left
+
+
+def _books_left(emit: Emit) -> dict[str, int]:
+    """Last book id that an earlier life of this connector published, per instrument."""
+    ring = emit.rings.get("orderbook_l2")
+    if ring is None or not ring.next:
+        return {}
+    codes, ids = ring.recent_columns("ticker", "update_id")
+    return {ring.tickers[code]: int(ids[codes == code][-1]) for code in np.unique(codes)}
+
+
+def resolve_tickers(patterns: Sequence[str], listed: Sequence[InstrumentInfo]) -> list[str]:
+    """Active instruments that any pattern names (`!pattern` excludes), sorted; ConfigError names a pattern without any."""
+    wanted: set[str] = set()
+    active = [info.ticker for info in listed if info.active]
+    for pattern in (p for p in patterns if not p.startswith("!")):
+        hits = {ticker for ticker in active if fnmatchcase(ticker.upper(), pattern.upper())}
+        if not hits:
+            raise ConfigError(f"tickers: {pattern!r} names no active instrument of the venue ({len(active)} listed)")
+        wanted |= hits
+    for pattern in (p[1:] for p in patterns if p.startswith("!")):
+        wanted -= {ticker for ticker in wanted if fnmatchcase(ticker.upper(), pattern.upper())}
+    return sorted(wanted)
+
+
+def venue_names() -> list[str]:
+    """Names of all venues: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def venue_class(name: str) -> type[Venue]:
+    """The venue of that name; ConfigError lists the known ones."""
+    if name not in venue_names():
+        raise ConfigError(f"exchange {name!r} is not known; known are {', '.join(venue_names())}")
+    module: Any = importlib.import_module(f"{__name__}.{name}")
+    found: type[Venue] = module.VENUE
+    return found

@@ -1,0 +1,291 @@
+"""Transport: one WebSocket connection (picows) and the HTTP requests of a connector (aiohttp).
+
+Driven by `connector.py`. A `Leg` takes the receive time before anything is parsed, hands every text message to the
+venue and sorts out what is no message: control frames, fragments, compressed or binary frames. The `Fetcher` works
+off wanted URLs within the venue's weight budget and turns what goes wrong into waiting, never into silence.
+"""
+
+import asyncio
+import socket
+import ssl
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import picows
+import tenacity
+from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
+
+from mdcollector.budget import Budget
+from mdcollector.emit import Emit
+from mdcollector.errors import ConfigError, Disconnected, FrameError, RateLimited
+from mdcollector.exchanges import Fetch, Venue
+
+FRAME_BYTES_MAX = 64 << 20  # the largest frame seen has 5 MB (a Coinbase snapshot)
+RECEIVE_BUFFER_BYTES = (
+    1 << 20
+)  # 10 MB/s at 100 ms; bounds the read buffer, which grows to what one read brings and never shrinks
+USER_AGENT = "mdcollector-connector"
+HANDSHAKE_S = 10.0
+HTTP_TIMEOUT_S = 20.0
+HTTP_BODY_BYTES_MAX = 64 << 20
+HTTP_TRIES = 5  # of a request that fails without an answer; then it is wanted again by whoever needs it
+FETCHES_WAITING_MAX = 20_000
+RETRY_AFTER_DEFAULT_S = 60.0  # a 429 or 418 without Retry-After
+
+Decode = Callable[[bytes], None]
+
+
+class Leg(WSListener):
+    """One connection. `decode` is the venue's, or a filter in front of it while two connections overlap."""
+
+    def __init__(self, emit: Emit, decode: Decode, on_packet: Callable[["Leg"], None]) -> None:
+        super().__init__()
+        self.decode = decode
+        self.packets = 0
+        self.tails_checked = False
+        self.opened_ns = time.time_ns()
+        self.transport: WSTransport | None = None
+        self.closed = asyncio.Event()
+        self.cause = "closed"
+        self.crash: BaseException | None = None
+        self.outbox: deque[str] = deque()
+        self._emit, self._on_packet = emit, on_packet
+        self._fresh = True
+        self._fragments: list[bytes] = []
+        self._clock, self._time_ns = emit.clock, time.time_ns
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        self.transport = transport
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        try:
+            if self._fresh:
+                self._fresh = False
+                self._emit.packet(self._time_ns(), self._clock())
+            payload, decode = frame.get_payload_as_bytes(), self.decode  # a call of self.decode costs 30 ns more
+            try:
+                if not payload.isascii():  # decoders skip over text that they do not need, valid or not
+                    payload.decode()
+                decode(payload)
+            except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._odd(frame, payload, error)
+            if frame.last_in_buffer:
+                self._fresh = True
+                self.packets += 1
+                self._emit.end_packet()
+                self._on_packet(self)
+        except BaseException as error:  # noqa: BLE001 (a bug: kept for the main loop, which dies of it)
+            self.crash = error
+            transport.disconnect()
+
+    def _odd(self, frame: WSFrame, payload: bytes, error: Exception) -> None:
+        """What failed to decode: maybe it was no message of its own. The type is looked at only here: it costs 70 ns."""
+        kind = frame.msg_type
+        if kind in (WSMsgType.PING, WSMsgType.PONG):  # picows answers pings
+            return
+        if kind == WSMsgType.CLOSE:
+            self.cause = (
+                f"close {frame.get_close_code()} {(frame.get_close_message() or b'').decode(errors='replace')[:100]}"
+            )
+            self.close()  # the venue waits for our close, and ends the connection only then
+        elif kind == WSMsgType.CONTINUATION or not frame.fin:
+            self._fragment(frame, payload)
+        elif frame.rsv1:
+            self._emit.refused("compressed", payload)
+        elif kind == WSMsgType.BINARY:
+            self._emit.refused("binary", payload)
+        else:
+            self._emit.refused_error(error, payload)
+
+    def _fragment(self, frame: WSFrame, payload: bytes) -> None:
+        if frame.msg_type != WSMsgType.CONTINUATION:
+            self._fragments = []
+        self._fragments.append(payload)
+        if sum(map(len, self._fragments)) > FRAME_BYTES_MAX:
+            self._fragments = []
+            raise Disconnected(f"a message in fragments is longer than {FRAME_BYTES_MAX} bytes")
+        if frame.fin:
+            message, self._fragments = b"".join(self._fragments), []
+            try:
+                if not message.isascii():
+                    message.decode()
+                self.decode(message)
+            except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._emit.refused_error(error, message)
+
+    def on_ws_disconnected(self, transport: WSTransport) -> None:
+        self.closed.set()
+
+    def send(self, text: str) -> None:
+        """Send now; a connection that is gone is noticed by its own event."""
+        if self.transport is not None and not self.closed.is_set():
+            self.transport.send(WSMsgType.TEXT, text.encode())
+
+    def close(self) -> None:
+        """Say goodbye and go."""
+        if self.transport is not None and not self.closed.is_set():
+            self.transport.send_close(WSCloseCode.OK)
+            self.transport.disconnect()
+
+
+async def open_leg(url: str, make: Callable[[], Leg], tls: ssl.SSLContext | None) -> Leg:
+    """Connect. Disconnected when it fails, RateLimited when the venue says that it is too much."""
+
+    def make_socket(parsed: picows.WSParsedURL) -> socket.socket:
+        family = socket.AF_INET6 if ":" in parsed.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        sock.setblocking(False)
+        return sock
+
+    try:
+        _, leg = await picows.ws_connect(
+            make,
+            url,
+            ssl_context=tls,
+            websocket_handshake_timeout=HANDSHAKE_S,
+            enable_auto_pong=True,
+            max_frame_size=FRAME_BYTES_MAX,
+            socket_factory=make_socket,
+            extra_headers={"User-Agent": USER_AGENT},
+        )
+    except picows.WSInvalidStatusError as error:
+        status = int(error.response.status) if error.response is not None else 0
+        if error.response is not None and status in (418, 429):
+            wait_s = _retry_after(error.response.headers.get("Retry-After"))
+            raise RateLimited(wait_s, f"{url}: HTTP {status}") from error
+        raise Disconnected(f"{url}: HTTP {status}") from error
+    except (OSError, picows.WSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        raise Disconnected(f"{url}: {type(error).__name__}: {error}") from error
+    if not isinstance(leg, Leg):  # what picows gives back when the other side goes away during the handshake
+        raise Disconnected(f"{url}: closed during the handshake")
+    return leg
+
+
+def _retry_after(value: str | None) -> float:
+    try:
+        return max(1.0, float(value)) if value is not None else RETRY_AFTER_DEFAULT_S
+    except ValueError:
+        return RETRY_AFTER_DEFAULT_S
+
+
+def tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Verification is always on; `ca_file` adds a certificate authority."""
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=str(ca_file))
+        except OSError as error:  # ssl.SSLError is one
+            why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+            raise ConfigError(f"ca_file = {str(ca_file)!r}: expected PEM certificates: {why}") from error
+    return context
+
+
+async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
+    """GET with retries of what is no answer (connection errors, timeouts, 5xx); RateLimited for 429 and 418."""
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type((aiohttp.ClientError, TimeoutError, Disconnected)),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        stop=tenacity.stop_after_attempt(HTTP_TRIES),
+        reraise=True,
+    ):
+        with attempt:
+            async with session.get(url) as response:
+                if response.status in (418, 429):
+                    wait_s = _retry_after(response.headers.get("Retry-After"))
+                    raise RateLimited(wait_s, f"{url}: HTTP {response.status}")
+                body = await response.content.read(HTTP_BODY_BYTES_MAX)
+                while not response.content.at_eof() and len(body) < HTTP_BODY_BYTES_MAX:
+                    body += await response.content.read(HTTP_BODY_BYTES_MAX - len(body))
+                if response.status >= 500:
+                    raise Disconnected(f"{url}: HTTP {response.status}")
+                return response.status, body
+    raise AssertionError("tenacity returns or raises")
+
+
+def open_session(tls: ssl.SSLContext | None, headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:
+    """One connection, kept alive: some venues count connections, HTTP included."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=1, ssl=tls if tls is not None else True),
+        timeout=aiohttp.ClientTimeout(total=HTTP_TIMEOUT_S),
+        headers={"User-Agent": USER_AGENT, **(headers or {})},
+    )
+
+
+class Fetcher:
+    """Fetches what a venue wants, one at a time, in order, within the weight that this machine's IP address has."""
+
+    def __init__(self, emit: Emit, venue: Venue, rest_url: str, budget: Budget, tls: ssl.SSLContext | None) -> None:
+        self._emit, self._venue, self._base, self._budget, self._tls = emit, venue, rest_url.rstrip("/"), budget, tls
+        self._waiting: dict[str, Fetch] = {}
+        self._broken: Counter[str] = Counter()  # answers in a row that could not be read
+        self._news = asyncio.Event()
+        self.blocked_until_ns = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests not yet answered."""
+        return len(self._waiting)
+
+    def want(self, fetch: Fetch) -> None:
+        """Ask for a URL; one that is already waiting under this key is not asked for twice."""
+        if len(self._waiting) >= FETCHES_WAITING_MAX:
+            self._emit.counters["fetch_overflow"] += 1
+            return
+        self._waiting.setdefault(fetch.key, fetch)
+        self._news.set()
+
+    async def run(self, on_answer: Callable[[], None]) -> None:
+        """Work off what is wanted, for ever."""
+        async with open_session(self._tls, self._venue.HTTP_HEADERS) as session:
+            while True:
+                while not self._waiting:
+                    self._news.clear()
+                    await self._news.wait()
+                key, fetch = next(iter(self._waiting.items()))
+                await self._budget.spend(fetch.weight)
+                answered = await self._one(session, fetch)
+                del self._waiting[key]
+                if answered is None or not answered():
+                    self.want(fetch)  # again, behind the others
+                on_answer()
+
+    async def _one(self, session: aiohttp.ClientSession, fetch: Fetch) -> Callable[[], bool] | None:
+        """What to do with the answer, once the request no longer counts as waiting: False = ask again; None = no answer."""
+        emit, url = self._emit, self._base + fetch.path
+        emit.counters["http_requests"] += 1
+        try:
+            status, body = await get(session, url)
+        except RateLimited as error:
+            emit.counters["http_rate_limited"] += 1
+            self.blocked_until_ns = time.time_ns() + int(error.retry_after_s * 1e9)
+            self._budget.block(error.retry_after_s)
+            return None
+        except (aiohttp.ClientError, TimeoutError, Disconnected) as error:
+            emit.counters["http_failed"] += 1
+            emit.samples["http_failed"] = f"{url}: {type(error).__name__}: {error}"
+            return None
+
+        def deliver() -> bool:
+            emit.packet(time.time_ns(), emit.clock())
+            if status >= 400:
+                emit.counters["http_refused"] += 1
+                self._venue.http_failed(fetch, status, body)
+                return True
+            try:
+                self._venue.http(url, body)
+            except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                emit.refused_error(error, body)
+                self._broken[fetch.key] += 1
+                if self._broken[fetch.key] < HTTP_TRIES:
+                    return False
+                self._venue.http_failed(fetch, status, body)
+            self._broken.pop(fetch.key, None)
+            emit.end_packet()
+            return True
+
+        return deliver

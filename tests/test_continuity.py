@@ -1,0 +1,715 @@
+"""Book and trade continuity against plain models: random streams with losses, duplicates, swaps and late snapshots.
+
+The truth is a list of messages made first; a hostile delivery of it is played into `BookSync` or `TradeSync`. What is
+published must be the truth, and the ledger must be what a plain walk over the delivery says, id by id.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mdcollector import continuity
+from mdcollector.continuity import BROKEN, HOLE, LIVE, NEXT, OLD, WAITING, BookSync, TradeSync
+from mdcollector.emit import Emit
+from mdcollector.errors import FrameError
+from mdcollector.exchanges import binance_spot, deribit
+from mdcollector.records import Exchange, Flag
+
+NOW_NS = 1_796_083_200_000_000_000
+T0 = NOW_NS // 1000
+LAST, SNAPSHOT, RESYNCED, INVALID, REPAIRED = (
+    int(f) for f in (Flag.LAST, Flag.SNAPSHOT, Flag.RESYNCED, Flag.BOOK_INVALID, Flag.REPAIRED)
+)
+CAPACITIES = {"trades": 4096, "orderbook_l2": 16384, "gaps": 4096}
+MANY = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+@contextmanager
+def emitter(folder: str | None = None) -> Iterator[Emit]:
+    with tempfile.TemporaryDirectory() as scratch:
+        emit = Emit(Path(folder or scratch), "t", Exchange.DERIBIT, ("trades", "orderbook_l2"), capacities=CAPACITIES,
+                    semaphore=False, clock=lambda: 0)  # fmt: skip
+        emit.packet(NOW_NS, 0)
+        try:
+            yield emit
+        finally:
+            emit.close()
+
+
+def ledger(emit: Emit) -> list[tuple[int, int, str, bool]]:
+    rows = emit.rings["gaps"].recent_rows(0)
+    names = ("first_id", "last_id", "cause", "repaired")
+    return [(a, b, c.decode(), bool(r)) for a, b, c, r in zip(*(rows[n].tolist() for n in names), strict=True)]
+
+
+class Message(NamedTuple):
+    """One change of a book, as both kinds of venue number it."""
+
+    first: int
+    last: int
+    prev: int
+    bids: tuple[tuple[float, float], ...]
+    asks: tuple[tuple[float, float], ...]
+
+
+class Rig:
+    """A book under test and the wants it had."""
+
+    def __init__(self, emit: Emit, chained: bool, published_id: int = -1) -> None:
+        self.emit, self.wanted, self.time = emit, 0, T0
+        self.chained = chained  # by predecessor (Deribit), else by ranges (Binance)
+        follows = deribit.follows if chained else binance_spot.follows
+        self.book = BookSync(emit, emit.instrument("A"), follows, self._want, published_id)
+
+    def _want(self, book: BookSync) -> None:
+        assert book is self.book
+        self.wanted += 1
+
+    def _packet(self) -> int:
+        self.time += 1000
+        self.emit.packet(self.time * 1000, 0)
+        return self.time
+
+    def delta(self, m: Message) -> None:
+        now = self._packet()
+        self.book.delta(m.first, m.last, m.prev if self.chained else -1, now, m.bids, m.asks)
+
+    def snapshot(self, last_id: int, book: "Books", in_band: bool = False) -> bool:
+        return self.book.snapshot(
+            last_id, self._packet(), tuple(book[0].items()), tuple(book[1].items()), in_band=in_band
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = self.emit.rings["orderbook_l2"].recent_rows(0)
+        return [dict(zip(rows.dtype.names, row, strict=True)) for row in rows.tolist()]
+
+
+Books = tuple[dict[float, float], dict[float, float]]
+
+# Prices of the two sides never meet, so that a wrong book cannot hide behind a crossed one.
+_level = st.tuples(st.integers(0, 9), st.integers(0, 3))
+_levels = st.tuples(
+    st.lists(_level, max_size=4, unique_by=lambda x: x[0]), st.lists(_level, max_size=4, unique_by=lambda x: x[0])
+)
+
+
+@st.composite
+def truths(draw: st.DrawFn, most: int = 25) -> list[Message]:
+    """Messages without a hole; ids jump by up to 4."""
+    last, messages = 0, []
+    for bids, asks in draw(st.lists(_levels, min_size=1, max_size=most)):
+        first, prev = last + 1, last
+        last += draw(st.integers(1, 4))
+        messages.append(
+            Message(first, last, prev, tuple((float(p), float(q)) for p, q in bids),
+                    tuple((float(p + 100), float(q)) for p, q in asks))
+        )  # fmt: skip
+    return messages
+
+
+def states(messages: list[Message]) -> dict[int, Books]:
+    """The book behind every id."""
+    books: Books = {}, {}
+    found: dict[int, Books] = {0: ({}, {})}
+    for m in messages:
+        for side, levels in zip(books, (m.bids, m.asks), strict=True):
+            for price, qty in levels:
+                side[price] = qty
+                if not qty:
+                    del side[price]
+        found[m.last] = dict(books[0]), dict(books[1])
+    return found
+
+
+def readers_view(rows: list[dict[str, Any]], truth: dict[int, Books]) -> int:
+    """Rebuild by the rule for readers; after each LAST that is not doubted the book is the true one. Returns its last id."""
+    books: Books = {}, {}
+    inside, update_id = False, -1
+    for row in rows:
+        if row["flags"] & SNAPSHOT and not inside:
+            books = {}, {}
+        inside = bool(row["flags"] & SNAPSHOT) and not row["flags"] & LAST
+        if row["side"]:
+            side = books[0] if row["side"] == 1 else books[1]
+            known = row["price"] in side
+            assert row["action"] == (3 if not row["qty"] else 2 if known and not row["flags"] & SNAPSHOT else 1) or (
+                row["flags"] & INVALID
+            )
+            side[row["price"]] = row["qty"]
+            if not row["qty"]:
+                del side[row["price"]]
+        if row["flags"] & LAST:
+            update_id = row["update_id"]
+            assert not row["flags"] & INVALID
+            assert books == truth[update_id], f"after {update_id}"
+    return update_id
+
+
+# Books
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@MANY
+@given(messages=truths(), data=st.data())
+def test_losses_and_late_snapshots(chained: bool, messages: list[Message], data: st.DataObject) -> None:
+    """Messages are lost; snapshots come when they are wanted, some calls later, of any age. The ledger is exact."""
+    truth = states(messages)
+    ids = [0, *(m.last for m in messages)]
+    with emitter() as emit:
+        rig = Rig(emit, chained)
+        applied: int | None = None  # the last id that the book contains
+        waiting: list[Message] = []  # arrived and not applied, since the last good state
+        gaps: list[tuple[int, int, str, bool]] = []
+        stale = 0
+        for at, m in enumerate(messages):
+            if not data.draw(st.booleans(), label="lost"):
+                rig.delta(m)
+                if applied is None or waiting:
+                    waiting.append(m)
+                elif m.last > applied:
+                    if m.first > applied + 1:
+                        gaps.append((applied + 1, m.first - 1, "sequence", False))
+                        waiting.append(m)
+                    else:
+                        applied = m.last
+            assert (rig.book.state == LIVE) == (applied is not None and not waiting)
+            assert ledger(emit) == gaps
+            if data.draw(st.integers(0, 2), label="answer") == 0 and rig.book.state != LIVE:
+                age = data.draw(st.integers(0, at + 1), label="age")
+                last_id = ids[age] if chained else data.draw(st.integers(ids[age], ids[at + 1]), label="id")
+                of = max(i for i in ids if i <= last_id)
+                newer = [w for w in waiting if w.last > last_id]
+                taken = rig.snapshot(last_id, truth[of])
+                if newer and newer[0].first > last_id + 1 and newer[0].prev != last_id:
+                    stale += 1
+                    if stale < continuity.STALE_SNAPSHOTS_MAX:
+                        assert not taken, "older than what is held: steps 3 and F12"
+                        continue
+                    newer = []
+                assert taken
+                stale = 0
+                applied, waiting = last_id, []
+                for w in newer:
+                    if waiting:
+                        waiting.append(w)
+                    elif w.first > applied + 1:
+                        gaps.append((applied + 1, w.first - 1, "sequence", False))
+                        waiting.append(w)
+                    else:
+                        applied = w.last
+                if last_id != of:  # a snapshot within a range: what follows brings the rest
+                    break
+        assert ledger(emit) == gaps
+        if applied is not None and not waiting:
+            known = max(i for i in ids if i <= applied)
+            assert rig.book.book() == truth[known]
+        rows = [row for row in rig.rows() if not row["flags"] & INVALID]
+        known_truth = {i: truth[max(k for k in ids if k <= i)] for i in range(ids[-1] + 1)}
+        readers_view(rows, known_truth)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@MANY
+@given(messages=truths(), data=st.data())
+def test_duplicates_and_swaps_lose_nothing(chained: bool, messages: list[Message], data: st.DataObject) -> None:
+    """Every message arrives, some late by one or two places, some more than once: the same book, each row once."""
+    truth = states(messages)
+    order = sorted(range(len(messages)), key=lambda i: i + data.draw(st.sampled_from([0, 0, 0, 1.5, 2.5])))
+    arrivals: list[Message] = []
+    for i in order:
+        arrivals += [messages[i]] * data.draw(st.sampled_from([1, 1, 1, 2]))
+    with emitter() as emit:
+        rig = Rig(emit, chained)
+        assert rig.snapshot(0, ({}, {}))
+        for m in arrivals:
+            rig.delta(m)
+        if rig.book.state == BROKEN:  # the late one was not the one that the newest waits for: the snapshot heals it
+            assert rig.wanted
+            assert rig.snapshot(messages[-1].last, truth[messages[-1].last], in_band=True)
+        assert rig.book.state == LIVE
+        assert rig.book.book() == truth[messages[-1].last]
+        final = readers_view(rig.rows(), truth)
+        with_rows = [m.last for m in messages if m.bids or m.asks]
+        assert not with_rows or final >= with_rows[-1]
+        seen = [row["update_id"] for row in rig.rows() if row["flags"] & LAST and not row["flags"] & SNAPSHOT]
+        assert seen == sorted(set(seen)), "in order, none twice"
+        # Every hole that a late message healed is told once more with the very same ids.
+        told = ledger(emit)
+        assert {(a, b) for a, b, _, repaired in told if repaired} <= {
+            (a, b) for a, b, _, repaired in told if not repaired
+        }
+        assert all(cause == ("reordered" if repaired else "sequence") for _, _, cause, repaired in told)
+
+
+def test_two_missing_messages_that_come_late_in_the_wrong_order_are_one_repaired_hole() -> None:
+    messages = [Message(i, i, i - 1, ((float(i), 1.0),), ()) for i in range(1, 7)]
+    for arrival in ([1, 4, 2, 3, 5, 6], [1, 4, 3, 2, 5, 6], [1, 4, 5, 3, 2, 6]):
+        with emitter() as emit:
+            rig = Rig(emit, chained=False)
+            rig.snapshot(0, ({}, {}))
+            for i in arrival:
+                rig.delta(messages[i - 1])
+            healed = arrival != [1, 4, 2, 3, 5, 6]
+            assert ledger(emit) == [(2, 3, "sequence", False), *([(2, 3, "reordered", True)] if healed else [])]
+            if not healed:  # 3 came behind 2, which could not yet be joined: the wanted snapshot ends it
+                assert rig.snapshot(6, states(messages)[6])
+            assert rig.book.book() == states(messages)[6]
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_snapshot_older_than_the_buffer_is_not_taken(chained: bool) -> None:
+    """F12. Step 3 of the local book: fetch again, the buffer stays."""
+    with emitter() as emit:
+        rig = Rig(emit, chained)
+        rig.delta(Message(10, 12, 9, ((1.0, 1.0),), ()))
+        rig.delta(Message(13, 13, 12, ((2.0, 1.0),), ()))
+        assert rig.wanted == 1
+        assert not rig.snapshot(8, ({}, {}))
+        assert rig.book.state == WAITING
+        assert rig.rows() == []
+        assert emit.counters["book_snapshot_stale"] == 1
+        assert rig.snapshot(9, ({5.0: 1.0}, {}))
+        assert rig.book.book() == ({5.0: 1.0, 1.0: 1.0, 2.0: 1.0}, {})
+        assert ledger(emit) == []
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_snapshot_newer_than_the_whole_buffer_waits_for_what_follows(chained: bool) -> None:
+    """F12. All that is held is older; what comes until its id is reached is ignored."""
+    with emitter() as emit:
+        rig = Rig(emit, chained)
+        for i in range(1, 5):
+            rig.delta(Message(i, i, i - 1, ((1.0, float(i)),), ()))
+        assert rig.snapshot(8, ({7.0: 7.0}, {}))
+        assert emit.counters["book_superseded"] == 4
+        for i in range(5, 9):
+            rig.delta(Message(i, i, i - 1, ((1.0, float(i)),), ()))
+        assert rig.book.book() == ({7.0: 7.0}, {})
+        rig.delta(Message(9, 9, 8, ((1.0, 9.0),), ()))
+        assert rig.book.book() == ({7.0: 7.0, 1.0: 9.0}, {})
+        assert ledger(emit) == []
+        assert [row["update_id"] for row in rig.rows()] == [8, 9]
+
+
+def test_snapshots_that_never_fit_end_in_doubting_the_held_messages() -> None:
+    """One message with an impossible id must not keep the book closed for ever."""
+    with emitter() as emit:
+        rig = Rig(emit, chained=False)
+        rig.snapshot(10, ({}, {}))
+        rig.delta(Message(1 << 60, 1 << 60, -1, ((1.0, 1.0),), ()))
+        taken = [rig.snapshot(11 + i, ({9.0: 1.0}, {})) for i in range(continuity.STALE_SNAPSHOTS_MAX)]
+        assert taken == [False] * (continuity.STALE_SNAPSHOTS_MAX - 1) + [True]
+        assert rig.book.state == LIVE
+        assert ledger(emit) == [(11, (1 << 60) - 1, "sequence", False)]
+        doubted = [row for row in rig.rows() if row["flags"] & INVALID]
+        assert [(row["update_id"], row["price"]) for row in doubted] == [(1 << 60, 1.0)]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@MANY
+@given(messages=truths(10), data=st.data())
+def test_what_a_reconnect_or_a_restart_hides_is_in_the_ledger(
+    restart: bool, messages: list[Message], data: st.DataObject
+) -> None:
+    """The cause is said for the hole that begins where the connection ended, and for no later one."""
+    cut = data.draw(st.integers(0, len(messages) - 1))
+    resume = data.draw(st.integers(cut, len(messages) - 1))
+    ids = [0, *(m.last for m in messages)]
+    with emitter() as emit:
+        rig = Rig(emit, False, published_id=ids[cut] if restart else -1)
+        if not restart:
+            rig.snapshot(0, ({}, {}))
+            for m in messages[:cut]:
+                rig.delta(m)
+            rig.book.disconnected("reconnect")
+        for m in messages[resume:]:
+            rig.delta(m)
+        if restart:
+            assert ledger(emit) == []
+            assert rig.snapshot(ids[-1], states(messages)[ids[-1]])
+            lost = ids[-1] != ids[cut]
+            assert ledger(emit) == ([(ids[cut] + 1, ids[-1], "restart", False)] if lost else [])
+            assert {row["flags"] & (SNAPSHOT | RESYNCED) for row in rig.rows()} == {SNAPSHOT | RESYNCED}
+        elif resume > cut:
+            assert ledger(emit) == [(ids[cut] + 1, ids[resume], "reconnect", False)]
+        else:
+            assert ledger(emit) == []
+            rig.delta(Message(ids[-1] + 5, ids[-1] + 5, ids[-1] + 4, (), ()))
+            assert ledger(emit) == [(ids[-1] + 1, ids[-1] + 4, "sequence", False)]
+
+
+def test_a_new_snapshot_of_a_live_book_is_a_hole_unless_it_is_the_same() -> None:
+    with emitter() as emit:
+        rig = Rig(emit, True)
+        rig.snapshot(5, ({1.0: 1.0}, {}), in_band=True)
+        rig.book.disconnected("reconnect")
+        rig.snapshot(5, ({1.0: 1.0}, {}), in_band=True)
+        assert ledger(emit) == []
+        rig.book.disconnected("reconnect")
+        rig.snapshot(9, ({2.0: 1.0}, {}), in_band=True)
+        assert ledger(emit) == [(6, 9, "reconnect", False)]
+        rig.snapshot(3, ({}, {}), in_band=True)
+        assert ledger(emit)[1:] == [(3, 3, "snapshot", False)], "ids that go back"
+        assert rig.book.book() == ({}, {})
+        rows = rig.rows()
+        assert (rows[-1]["side"], rows[-1]["flags"], rows[-1]["update_id"]) == (0, SNAPSHOT | RESYNCED | LAST, 3)
+
+
+def test_an_in_band_snapshot_is_newer_than_all_that_is_held() -> None:
+    with emitter() as emit:
+        rig = Rig(emit, True)
+        rig.snapshot(5, ({1.0: 1.0}, {}), in_band=True)
+        rig.delta(Message(8, 8, 7, ((2.0, 1.0),), ()))
+        rig.delta(Message(1 << 60, 1 << 60, 8, ((3.0, 1.0),), ()))
+        assert rig.snapshot(20, ({4.0: 1.0}, {}), in_band=True)
+        assert rig.book.book() == ({4.0: 1.0}, {})
+        rig.delta(Message(21, 21, 20, ((5.0, 1.0),), ()))
+        assert rig.book.book() == ({4.0: 1.0, 5.0: 1.0}, {})
+        assert ledger(emit) == [(6, 7, "sequence", False)]
+
+
+# Crossed books (F19)
+
+
+def crossing(rig: Rig, i: int, bid: float, qty: float = 1.0) -> None:
+    rig.delta(Message(i, i, i - 1, ((bid, qty),), ()))
+
+
+def test_a_crossed_book_is_flagged_and_forgiven_within_the_grace() -> None:
+    with emitter() as emit:
+        rig = Rig(emit, False)
+        rig.snapshot(0, ({9.0: 1.0}, {10.0: 1.0}))
+        for i, (bid, qty, doubted) in enumerate([(10.0, 1.0, True), (8.0, 1.0, True), (10.0, 0.0, False), (7.0, 1.0, False),
+                                                 (11.0, 2.0, True), (11.0, 0.0, False)], 1):  # fmt: skip
+            crossing(rig, i, bid, qty)
+            assert bool(rig.rows()[-1]["flags"] & INVALID) == doubted, i
+        assert emit.counters["book_crossed"] == 3
+        assert ledger(emit) == []
+        assert rig.wanted == 0
+
+
+def test_a_book_that_stays_crossed_is_taken_anew() -> None:
+    with emitter() as emit:
+        rig = Rig(emit, False)
+        rig.snapshot(0, ({9.0: 1.0}, {10.0: 1.0}))
+        crossing(rig, 1, 10.0)
+        rig.time += continuity.CROSSED_GRACE_US - 1000
+        crossing(rig, 2, 8.0)
+        assert rig.book.state == LIVE, "exactly the grace is still forgiven"
+        crossing(rig, 3, 7.0)
+        assert (rig.book.state, rig.wanted) == (BROKEN, 1)
+        assert ledger(emit) == [(3, 3, "crossed", False)]
+        published = len(rig.rows())
+        crossing(rig, 4, 6.0)  # follows without a hole, and must not make the wrong book live again
+        crossing(rig, 5, 5.0)
+        assert rig.book.state == BROKEN
+        assert len(rig.rows()) == published
+        assert rig.snapshot(4, ({9.0: 1.0, 6.0: 1.0}, {10.0: 1.0}))
+        assert rig.book.book() == ({9.0: 1.0, 6.0: 1.0, 5.0: 1.0}, {10.0: 1.0})
+        assert ledger(emit) == [(3, 3, "crossed", False)]
+        assert [bool(row["flags"] & INVALID) for row in rig.rows()[2:]] == [
+            True,
+            True,
+            True,
+            False,
+            False,
+            False,
+            False,
+        ]
+
+
+@MANY
+@given(
+    start=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 3)), max_size=30, unique_by=lambda x: x[0]),
+    changes=st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 2)), max_size=4,
+                              unique_by=lambda x: x[:2]), max_size=40),
+)  # fmt: skip
+def test_the_best_prices_are_those_of_a_plain_search(start: list[Any], changes: list[Any]) -> None:
+    """With room for few entries every sorting and every dead entry is met; crossed is what max and min say."""
+    small = {"TOP_LEVELS": 2, "TOP_MAX": 6, "FRESH_MAX": 2, "REMOVED_MAX": 3}
+    kept = {name: getattr(continuity, name) for name in small}
+    vars(continuity).update(small)
+    try:
+        with emitter() as emit:
+            rig = Rig(emit, False)
+            books: Books = {float(p): float(q) for p, q in start}, {p + 40.0: float(q) for p, q in start}
+            rig.snapshot(0, books)
+            books = dict(books[0]), dict(books[1])
+            for i, change in enumerate(changes, 1):
+                bids = tuple((float(p), float(q)) for is_bid, p, q in change if is_bid)
+                asks = tuple((p + 20.0, float(q)) for is_bid, p, q in change if not is_bid)
+                rig.time = T0  # no time passes, so the grace never ends
+                rig.delta(Message(i, i, i - 1, bids, asks))
+                for side, levels in zip(books, (bids, asks), strict=True):
+                    side.update(levels)
+                    for price in [p for p, q in side.items() if not q]:
+                        del side[price]
+                crossed = bool(books[0] and books[1] and max(books[0]) >= min(books[1]))
+                assert rig.book.book() == books
+                if bids or asks:
+                    assert bool(rig.rows()[-1]["flags"] & INVALID) == crossed
+                    assert len({row["flags"] & ~LAST for row in rig.rows()[-len(bids) - len(asks) :]}) == 1
+    finally:
+        vars(continuity).update(kept)
+
+
+def test_a_book_of_many_deletions_stays_small() -> None:
+    with emitter() as emit:
+        rig = Rig(emit, False)
+        rig.snapshot(0, ({0.5: 1.0}, {1e9: 1.0}))
+        for i in range(1, 7000):
+            crossing(rig, 2 * i - 1, float(i))
+            crossing(rig, 2 * i, float(i), 0.0)
+        assert rig.book.book() == ({0.5: 1.0}, {1e9: 1.0})
+        side = rig.book._bids
+        assert len(side.levels) < 2 * continuity.REMOVED_MAX
+        assert len(side._top) + len(side._fresh) <= continuity.TOP_MAX + continuity.FRESH_MAX
+
+
+# Trades
+
+
+class Tape:
+    """Trades under test; a row of the truth is its counter, its price the counter as well."""
+
+    def __init__(self, emit: Emit, last: int = -1) -> None:
+        self.emit, self.time = emit, T0
+        self.asked: list[tuple[int, int]] = []
+        self.sync = TradeSync(
+            emit, emit.instrument("A"), lambda _, first, last_: self.asked.append((first, last_)), last
+        )
+
+    def row(self, seq: int) -> Any:
+        return seq, T0 + seq, 1, float(seq), 1.0, b""
+
+    def message(self, *seqs: int) -> int:
+        self.time += 1000
+        self.emit.packet(self.time * 1000, 0)
+        return self.sync.publish([self.row(seq) for seq in seqs])
+
+    def repaired(self, asked: int, *seqs: int) -> None:
+        self.time += 1000
+        self.emit.packet(self.time * 1000, 0)
+        self.sync.repaired(asked, [self.row(seq) for seq in seqs])
+
+    def published(self) -> list[tuple[int, bool]]:
+        rows = self.emit.rings["trades"].recent_rows(0)
+        assert [float(s) for s in rows["trade_seq"].tolist()] == rows["price"].tolist()
+        return [
+            (s, bool(f & REPAIRED)) for s, f in zip(rows["trade_seq"].tolist(), rows["flags"].tolist(), strict=True)
+        ]
+
+
+@MANY
+@given(
+    count=st.integers(1, 60),
+    data=st.data(),
+    published=st.sampled_from([-1, 0]),
+)
+def test_a_hostile_tape(count: int, published: int, data: st.DataObject) -> None:
+    """Messages of several trades, lost, doubled and late; then answers to repairs, whole, in part, empty, doubled."""
+    tape_ids = list(range(1, count + 1))
+    order = sorted(tape_ids, key=lambda i: i + data.draw(st.sampled_from([0, 0, 0, 0, 2.5, 6.5])))
+    arrivals = [i for i in order for _ in range(data.draw(st.sampled_from([1, 1, 1, 1, 0, 2])))]
+    with emitter() as emit:
+        tape = Tape(emit, published)
+        # The plain walk: a hole is opened by a trade that is further ahead than the next one.
+        seen: set[int] = set()
+        highest, duplicates = published, 0
+        missing: dict[int, tuple[int, int]] = {}  # id -> hole it belongs to
+        told: list[tuple[int, int, str, bool]] = []
+        while arrivals:
+            size = data.draw(st.integers(1, 4))
+            message, arrivals = arrivals[:size], arrivals[size:]
+            filled: list[tuple[int, int]] = []
+            new = 0
+            for i in message:
+                if i in seen or (i not in missing and highest >= 0 and i <= highest):
+                    duplicates += 1
+                elif highest < 0 and not seen:
+                    highest, new = i, new + 1
+                    seen.add(i)
+                elif i in missing:
+                    hole = missing.pop(i)
+                    seen.add(i)
+                    new += 1
+                    if hole not in missing.values():
+                        filled.append(hole)
+                else:
+                    if i > highest + 1:
+                        hole = highest + 1, i - 1
+                        missing.update(dict.fromkeys(range(highest + 1, i), hole))
+                        told.append((*hole, "restart" if highest == published == 0 else "sequence", False))
+                    seen.add(i)
+                    highest, new = i, new + 1
+            assert tape.message(*message) == new
+            told += [(*hole, "filled", True) for hole in reversed(filled)]
+            assert ledger(emit) == told
+        assert emit.counters["trade_duplicate"] == duplicates
+        assert sorted(i for i, _ in tape.published()) == sorted(seen), "each once"
+        assert not any(repaired for _, repaired in tape.published())
+        assert sorted(tape.asked) == sorted((a, b) for a, b, _, repaired in told if not repaired)
+
+        # The answers: in part, empty, doubled, of other ids. What is asked again lies behind what was reached.
+        live, incomplete = set(seen), 0
+        asked = list(tape.asked)
+        wholes = list(asked)
+        while asked:
+            first, last = asked.pop(data.draw(st.integers(0, len(asked) - 1)))
+            tape.asked.clear()
+            reach = data.draw(st.integers(first - 1, last))
+            answer = [i for i in range(first, reach + 1) if data.draw(st.sampled_from([True] * 5 + [False]))]
+            answer += data.draw(st.sampled_from([[], [], answer[:1], [last + 1000], [first - 1]]))
+            filled = []
+            for i in dict.fromkeys(i for i in answer if i in missing):
+                hole = missing.pop(i)
+                seen.add(i)
+                if hole not in missing.values():
+                    filled.append(hole)
+            tape.repaired(first, *answer)
+            told += [(*hole, "filled", True) for hole in reversed(filled)]
+            assert ledger(emit) == told
+            assert sorted(tape.published()) == sorted((i, i not in live) for i in seen), (
+                "each once, flagged by its origin"
+            )
+            whole = next(hole for hole in wholes if hole[0] <= first <= hole[1])
+            left = sorted(i for i, hole in missing.items() if hole == whole)
+            reached = max(answer, default=first - 1)
+            begins = [i for i in left if i - 1 not in left and i > reached]
+            if begins and reached >= first:
+                end = next(i for i in left if i >= begins[0] and i + 1 not in left)
+                assert tape.asked == [(begins[0], end)]
+            else:
+                incomplete += bool(left)
+                assert not tape.asked
+            assert emit.counters["trade_repair_incomplete"] == incomplete
+            asked += tape.asked
+
+
+def test_rows_of_a_repair_are_flagged_and_live_ones_are_not() -> None:
+    with emitter() as emit:
+        tape = Tape(emit)
+        tape.message(1)
+        tape.message(6)
+        tape.message(3)  # late, by itself
+        assert tape.asked == [(2, 5)]
+        tape.repaired(2, 2, 3, 4)
+        assert tape.published() == [(1, False), (6, False), (3, False), (2, True), (4, True)]
+        assert tape.asked == [(2, 5), (5, 5)], "it answered up to 4 only: asked on"
+        tape.repaired(5)
+        assert emit.counters["trade_repair_incomplete"] == 1
+        assert ledger(emit) == [(2, 5, "sequence", False)]
+        tape.message(5)
+        assert ledger(emit) == [(2, 5, "sequence", False), (2, 5, "filled", True)]
+        tape.repaired(2, 2, 3, 4, 5)
+        assert len(tape.published()) == 6
+
+
+def test_a_hole_is_blamed_on_the_connection_that_ended_there() -> None:
+    with emitter() as emit:
+        tape = Tape(emit)
+        tape.message(1, 2)
+        tape.sync.disconnected("reconnect")
+        tape.message(3)
+        tape.message(5)
+        tape.sync.disconnected("reconnect")
+        tape.message(8)
+        tape.message(10)
+        assert [(a, b, c) for a, b, c, _ in ledger(emit)] == [
+            (4, 4, "sequence"),
+            (6, 7, "reconnect"),
+            (9, 9, "sequence"),
+        ]
+
+
+def test_a_restart_continues_the_counter_that_was_published() -> None:
+    with emitter() as emit:
+        tape = Tape(emit, last=100)
+        tape.message(104)
+        tape.message(99, 100)
+        assert ledger(emit) == [(101, 103, "restart", False)]
+        assert tape.asked == [(101, 103)]
+        assert [i for i, _ in tape.published()] == [104]
+        assert emit.counters["trade_duplicate"] == 2
+    with emitter() as emit:
+        tape = Tape(emit, last=100)
+        tape.message(101)
+        assert ledger(emit) == []
+
+
+def test_a_long_hole_is_recorded_and_not_fetched() -> None:
+    with emitter() as emit:
+        tape = Tape(emit)
+        tape.message(1)
+        tape.message(2 + continuity.REPAIR_IDS_MAX)
+        assert tape.asked == [(2, 1 + continuity.REPAIR_IDS_MAX)]
+        tape.message(4 + 2 * continuity.REPAIR_IDS_MAX)
+        assert len(tape.asked) == 1
+        assert emit.counters["trade_hole_not_repaired"] == 1
+        assert len(ledger(emit)) == 2
+
+
+def test_a_forgotten_hole_is_never_said_to_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many parts of holes are remembered; a hole of which a part is forgotten goes as a whole."""
+    monkeypatch.setattr(continuity, "HOLES_MAX", 3)
+    with emitter() as emit:
+        tape = Tape(emit)
+        tape.message(1)
+        tape.message(12)  # 2..11
+        for i in (3, 5, 7):  # in four parts now, one too many
+            tape.message(i)
+        assert emit.counters["trade_hole_forgotten"] == 1
+        for i in (2, 4, 6, 8, 9, 10, 11):
+            tape.message(i)
+        assert ledger(emit) == [(2, 11, "sequence", False)]
+        assert emit.counters["trade_duplicate"] == 7, "what is not remembered cannot be told from a duplicate"
+        tape.message(14)
+        tape.message(13)
+        assert ledger(emit)[1:] == [(13, 13, "sequence", False), (13, 13, "filled", True)]
+
+
+def test_a_counter_is_not_believed_before_it_is_confirmed() -> None:
+    with emitter() as emit:
+        tape = Tape(emit)
+        tape.message(10)
+        far = 10 + continuity.COUNTER_JUMP_MAX + 1
+        for odd in (far, far + 5 * continuity.SUSPECT_STEP_MAX, far + 3):  # they do not follow each other closely
+            with pytest.raises(FrameError) as refused:
+                tape.message(odd)
+            assert refused.value.reason == "absurd_trade_id"
+        tape.message(11)
+        with pytest.raises(FrameError):
+            tape.message(far + 4)
+        assert tape.published() == [(10, False), (11, False)]
+        tape.message(far + 6)
+        assert ledger(emit) == [(12, far + 2, "ids_reset", False), (far + 3, far + 5, "ids_reset", False)]
+        assert tape.asked == [(far + 3, far + 5)]
+        assert tape.published()[-1] == (far + 6, False)
+
+
+# Rules of the venues
+
+
+@MANY
+@given(last=st.integers(0, 50), first=st.integers(0, 50), size=st.integers(0, 5), prev=st.integers(0, 50))
+def test_rules_of_the_venues(last: int, first: int, size: int, prev: int) -> None:
+    """Word for word: Binance steps 4 and 6; Deribit's predecessor."""
+    end = first + size
+    binance = (
+        OLD
+        if not set(range(last + 1, 200)) & set(range(first, end + 1))
+        else NEXT
+        if last + 1 in range(first, end + 1)
+        else HOLE
+    )
+    assert binance_spot.follows(last, first, end, -1) == binance
+    chained = NEXT if prev == last else OLD if end <= last else HOLE
+    assert deribit.follows(last, end, end, prev) == chained

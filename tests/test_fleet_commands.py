@@ -1,0 +1,407 @@
+"""The commands as a user meets them: start, look, stop, wrong configuration, secrets, exit codes. Real processes."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+from fleet import TICKERS, Fleet, mdcollector, until
+
+from mdcollector.ring import RingReader
+from tools.proof import prove
+
+SECRET = "pa55-w0rd-nobody-may-see"
+Start = Callable[..., Fleet]
+both_venues = pytest.mark.parametrize("exchange", tuple(TICKERS))
+
+
+@pytest.fixture
+def fleet_of(tmp_path: Path) -> Iterator[Start]:
+    """A fleet whose simulator runs; processes are started by the test."""
+    with ExitStack() as stack:
+
+        def make(exchange: str, **options: Any) -> Fleet:
+            return stack.enter_context(Fleet(tmp_path / exchange, exchange, **options))
+
+        yield make
+
+
+# Stopping
+
+
+@both_venues
+def test_sigterm_ends_in_order_and_nothing_is_left(fleet_of: Start, exchange: str) -> None:
+    """Unsubscribed at the venue, ring marked closed, rows in = rows written, exit code 0."""
+    fleet = fleet_of(exchange).start()
+    received = fleet.sim.state()["connections"][0]["received"]["text"]
+    fleet.stop(fleet.connector)
+    assert fleet.connector.returncode == 0
+    fleet.sim.wait_state(lambda state: not state["connections"])
+    fleet.sim.stop()
+    (closed,) = [line for line in fleet.sim.ledger().connections if line["event"] == "close"]
+    assert closed["received"]["text"] > received, "an unsubscribe was sent before the connection was closed"
+    assert closed["reason"].startswith("the client closed (100")
+    fleet.stop(fleet.writer)
+    assert fleet.writer.returncode == 0
+    for feed in fleet.feeds:
+        with RingReader(fleet.rings / fleet.NAME, feed) as ring:
+            assert not ring.is_open
+            assert not ring.writer_alive
+            assert len(fleet.rows(feed)) == ring.published
+    proof = fleet.prove()
+    assert proof.ok, str(proof)
+    assert not proof.gaps
+
+
+@both_venues
+def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(fleet_of: Start, exchange: str) -> None:
+    fleet = fleet_of(exchange)
+    urls = ("--ws-url", fleet.sim.ws_url, "--rest-url", fleet.sim.rest_url)
+    target = fleet.directory / "target"
+    run = fleet.spawn("run", exchange, *fleet.tickers, "--target", target, "--roll-s", "1", "--json", *urls)
+    fleet.rings = target / "_rings"
+    until(lambda: fleet.published("trades", exchange) > 20, lambda: f"rows; {fleet.tail()}")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 0, fleet.tail()
+    line = next(line for line in fleet.logs[0].read_text().splitlines() if line.startswith('{"rings"'))
+    report = json.loads(line)
+    assert report["lost"] == 0
+    assert {row["feed"] for row in report["rings"]} == {"trades", "orderbook_l2", "bbo", "gaps"}
+    assert all(row["published"] == row["durable"] for row in report["rings"])
+    fleet.sim.stop()
+    proof = prove(fleet.sim.ledger(), target, fleet.rings, exchange, feeds=("trades", "orderbook_l2", "bbo"))
+    assert proof.ok, str(proof)
+
+
+def test_run_stops_by_itself_after_seconds(fleet_of: Start) -> None:
+    fleet = fleet_of("binance_spot")
+    done = mdcollector(
+        "run", "binance_spot", "BTCUSDT", "--target", fleet.data, "--seconds", "3", "--roll-s", "1",
+        "--ws-url", fleet.sim.ws_url, "--rest-url", fleet.sim.rest_url,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "every row that went in was written" in done.stdout
+
+
+def test_up_with_two_venues_patterns_and_chunks(tmp_path: Path) -> None:
+    """Patterns are resolved, a connection takes no more streams than allowed, everything is proven."""
+    with Fleet(
+        tmp_path / "x", "binance_spot", sim_tickers=",".join(f"T{n:03d}USDT:1" for n in range(90)), rate=4
+    ) as one:
+        one.configure(
+            {"exchange": "binance_spot", "tickers": ["T*USDT", "!T00*"], "ws_url": one.sim.ws_url,
+             "rest_url": one.sim.rest_url, "feeds": ["trades", "orderbook_l2", "bbo", "tickers", "candles"],
+             "book_depth": 100}
+        )  # fmt: skip
+        plan = json.loads(mdcollector("check", "-c", one.config, "--json").stdout)
+        assert [connection["name"] for connection in plan] == ["conn.1", "conn.2"] or len(plan) == 1
+        up = one.spawn("up", "-c", one.config)
+        names = [connection["name"] for connection in plan]
+        until(lambda: all(one.published("trades", name) > 20 for name in names), lambda: f"rows; {one.tail()}")
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(60) == 0, one.tail()
+        one.sim.stop()
+        proof = prove(one.sim.ledger(), one.data, one.rings, "binance_spot")
+        assert proof.ok, str(proof)
+        assert "every row that went in was written" in one.tail()
+
+
+# Two at once
+
+
+def test_a_second_connector_on_the_same_rings_is_refused(fleet_of: Start) -> None:
+    fleet = fleet_of("binance_spot").start()
+    second = fleet.connect()
+    assert second.wait(60) == 78
+    assert "another process writes this ring" in fleet.logs[-1].read_text()
+    fleet.processes.pop()
+    fleet.wait_more("trades", 20)
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+
+
+def test_up_restarts_what_dies_but_gives_up_on_wrong_configuration(fleet_of: Start) -> None:
+    fleet = fleet_of("binance_spot").start()  # holds the rings, so the connector of `up` is refused
+    fleet.stop(fleet.writer)
+    up = fleet.spawn("up", "-c", fleet.config)
+    page = until(
+        lambda: (p := fleet.stats("_supervisor").get("processes", {}).get("conn", {})).get("gave_up") and p, "given up"
+    )
+    assert page["last_exit"] == 78
+    assert page["starts"] == 1
+    up.send_signal(signal.SIGTERM)
+    assert up.wait(60) == 78
+    assert "not started again" in fleet.tail()
+    assert fleet.connector.poll() is None
+
+
+# Status
+
+
+def test_status_while_running_after_kill_and_when_stopped(fleet_of: Start) -> None:
+    fleet = fleet_of("deribit").start()
+    well = mdcollector("status", "-c", fleet.config)
+    assert well.returncode == 0, well.stdout
+    assert "all well" in well.stdout
+    assert "100 ms channels instead of raw" in well.stdout
+    found = json.loads(mdcollector("status", "--rings", fleet.rings, "--json").stdout)
+    assert found["problems"] == []
+    connector = found["connectors"]["conn"]
+    assert connector["state"] == "connected"
+    assert connector["books"] == 3
+    assert all(beat["alive"] and beat["open"] for beat in connector["heartbeats"].values())
+    assert found["writers"]["parquet"]["streams"]["conn/trades"]["durable"] >= 0
+
+    fleet.connector.kill()
+    fleet.connector.wait()
+    killed = until(
+        lambda: (done := mdcollector("status", "--rings", fleet.rings)).returncode == 1 and done, "status says so"
+    )
+    assert re.search(r"conn: silent for \d+ s: dead or hanging", killed.stdout), killed.stdout
+
+    fleet.connector = fleet.connect()
+    fleet.wait_live()
+    fleet.stop(fleet.connector, fleet.writer)
+    stopped = mdcollector("status", "--rings", fleet.rings, "--json")
+    assert stopped.returncode == 0, stopped.stdout
+    assert json.loads(stopped.stdout)["connectors"]["conn"]["state"] == "stopped"
+
+
+def test_status_names_what_is_not_well(fleet_of: Start) -> None:
+    """A venue that is gone, a book that is not proven, a stats page that is none."""
+    fleet = fleet_of("binance_spot", stale_s=60.0).start()
+    fleet.sim.fault("ban", seconds=300, status=418)
+    fleet.sim.fault("drop", stream="depth@100ms")
+    until(lambda: fleet.stats().get("books_invalid_count") == 1, "a book is invalid")
+    assert "1 books are not proven at the moment" in mdcollector("status", "--rings", fleet.rings).stdout
+    fleet.sim.kill()
+    fleet.wait_counter("disconnected", 2)
+    (fleet.rings / "broken").mkdir()
+    (fleet.rings / "broken" / "stats").write_bytes(b"no stats page")
+    done = mdcollector("status", "--rings", fleet.rings)
+    assert done.returncode == 1
+    assert "not a stats page" in done.stdout
+    assert "conn: " in done.stdout
+
+
+def test_status_without_rings_is_a_configuration_error(tmp_path: Path) -> None:
+    done = mdcollector("status", "--rings", tmp_path / "nothing")
+    assert done.returncode == 78
+    assert str(tmp_path / "nothing") in done.stderr
+
+
+# Wrong configuration
+
+GOOD = {
+    "exchange": "binance_spot",
+    "tickers": ["BTCUSDT"],
+    "rest_url": "http://127.0.0.1:9",
+    "ws_url": "ws://127.0.0.1:9",
+}
+WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown key": ({"exchnage": "x"}, ["connectors.conn.exchnage", "'x'", "unknown key", "exchange, tickers, feeds"]),
+    "wrong type": ({"cpu": "one"}, ["connectors.conn.cpu", "'one'", "int"]),
+    "wrong type in a list": ({"tickers": ["BTCUSDT", 5]}, ["connectors.conn.tickers", "5", "str"]),
+    "out of range": ({"book_depth": 9999}, ["connectors.conn.book_depth", "9999", "0 to 5000"]),
+    "negative": ({"stale_s": -1.0}, ["connectors.conn.stale_s", "-1", "0 to 86400"]),
+    "no backoff": ({"reconnect_most_s": 0.0}, ["connectors.conn.reconnect_most_s", "0.1 to 3600"]),
+    "unknown exchange": ({"exchange": "binanec"}, ["connectors.conn", "'binanec'", "binance_spot, deribit"]),
+    "unknown feed": ({"feeds": ["trades", "quotes"]}, ["connectors.conn.feeds", "'quotes'", "trades, orderbook_l2"]),
+    "feed the venue has not": ({"feeds": ["liquidations"]}, ["connectors.conn", "liquidations", "trades, orderbook_l2"]),
+    "no feeds": ({"feeds": []}, ["connectors.conn.feeds", "trades, orderbook_l2"]),
+    "no tickers": ({"tickers": []}, ["connectors.conn.tickers", "[]", "at least one"]),
+    "bad ws url": ({"ws_url": "http://x"}, ["connectors.conn.ws_url", "'http://x'", "ws:// or wss://"]),
+    "bad rest url": ({"rest_url": "127.0.0.1"}, ["connectors.conn.rest_url", "'127.0.0.1'", "http:// or https://"]),
+    "capacity no power of two": ({"capacity": {"trades": 1000}}, ["connectors.conn.capacity.trades", "1000", "powers of two"]),
+    "capacity of no feed": ({"capacity": {"quotes": 1024}}, ["connectors.conn.capacity", "'quotes'", "trades"]),
+    "no such cpu": ({"cpu": 4096}, ["connectors.conn.cpu", "4096", "allowed are 0"]),
+    "unknown interval": ({"feeds": ["candles"], "intervals": ["7m"]}, ["connectors.conn", "intervals", "7m", "1m, 3m, 5m"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_configuration_names_file_key_value_and_what_is_allowed(tmp_path: Path, what: str) -> None:
+    change, expected = WRONG[what]
+    path = tmp_path / "fleet.toml"
+    path.write_text(tomli_w.dumps({"connectors": {"conn": {**GOOD, **change}}}))
+    done = mdcollector("check", "-c", path, "--offline")
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for text in (str(path), *expected):
+        assert text in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("connectors = 3", "connectors = 3"),
+        ("[connectors.conn", "not TOML"),
+        ("surprise = 1", "unknown key 'surprise'; allowed are rings, connectors"),
+        ("rings = 7", "rings = 7"),
+        ("[connectors.'a b']\nexchange = 'deribit'\ntickers = ['x']", "a name has letters"),
+        ("[connectors.c]\ntickers = ['x']", "connectors.c: Object missing required field `exchange`"),
+        ("[writers.w]\nout = 'o'\nroll_s = 0.0", "writers.w.roll_s = 0.0: allowed is 0.1 to 86400"),
+        ("[writers.w]\nout = 'o'\nfeeds = ['quotes']", "no such feed"),
+        ("", "nothing to collect"),
+    ],
+)
+def test_a_file_that_is_no_fleet(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    done = mdcollector("check", "-c", path, "--offline")
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert str(path) in done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(tomli_w.dumps({"connectors": {"conn": GOOD}, "writers": {"w": {"out": "data"}}}))
+    for arguments, expected in (
+        (("connect", "nobody", "-c", path), "no connector 'nobody'; there are conn"),
+        (("write", "nobody", "-c", path), "no writer 'nobody'; there are w"),
+        (("check", "-c", tmp_path / "none.toml"), "none.toml: cannot be read"),
+    ):
+        done = mdcollector(*arguments)
+        assert done.returncode == 78, done.stderr
+        assert expected in done.stderr
+
+
+def test_check_shows_the_plan(fleet_of: Start) -> None:
+    fleet = fleet_of("deribit")
+    done = mdcollector("check", "-c", fleet.config)
+    assert done.returncode == 0, done.stderr
+    assert "conn: 15 streams of 3 tickers" in done.stdout
+    assert "good, 1 connections, 1 writers" in done.stdout
+
+
+def test_patterns_without_a_venue_that_answers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(tomli_w.dumps({"connectors": {"conn": {**GOOD, "tickers": ["*USDT"]}}}))
+    done = mdcollector("check", "-c", path)
+    assert done.returncode == 78
+    assert "connectors.conn.tickers: patterns need the venue's list of instruments" in done.stderr
+
+
+def test_wrong_use_is_exit_code_2() -> None:
+    for arguments in (("--nonsense",), ("connect",), ("run", "binance_spot"), ("frobnicate",)):
+        assert mdcollector(*arguments).returncode == 2
+
+
+# Secrets
+
+
+def test_credentials_appear_nowhere(fleet_of: Start) -> None:
+    """Not in logs, errors, the process list, stats pages, rings or tables; right and wrong ones alike."""
+    env = {"MDCOLLECTOR_DERIBIT_CLIENT_ID": "reader-1", "MDCOLLECTOR_DERIBIT_CLIENT_SECRET": SECRET}
+    fleet = fleet_of("deribit", env=env, sim=("--credential", f"reader-1:{SECRET}"))
+    up = fleet.spawn("--log-level", "debug", "up", "-c", fleet.config)
+    until(lambda: fleet.published("trades") > 10, lambda: f"rows; {fleet.tail()}")
+    processes = [up.pid, *(child.pid for child in psutil.Process(up.pid).children(recursive=True))]
+    lines = "\n".join(" ".join(psutil.Process(pid).cmdline()) for pid in processes)
+    assert "connect conn" in lines
+    assert SECRET not in lines
+    shown = (
+        subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
+        if shutil.which("ps")
+        else ""
+    )
+    assert f"--credential reader-1:{SECRET}" in shown or not shown, (
+        "the simulator's own argument shows that this can fail"
+    )
+    assert SECRET not in "\n".join(line for line in shown.splitlines() if "tools.sim" not in line)
+    for fault in ("disconnect", "auth_expire", "garbage", "truncate"):
+        fleet.sim.fault(fault)
+    fleet.wait_counter("connections", 2)
+    status = mdcollector("status", "-c", fleet.config, "--json", env=env)
+    check = mdcollector("check", "-c", fleet.config, env=env)
+    up.send_signal(signal.SIGTERM)
+    up.wait(60)
+    for text in (status.stdout, status.stderr, check.stdout, check.stderr):
+        assert SECRET not in text
+    files = [path for path in fleet.directory.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert any(re.search(rb"sim-(access|refresh)-\d", path.read_bytes()) for path in files) is False, "tokens neither"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "expected"),
+    [
+        (f'client_id = "a"\nclient_secret = "{SECRET}"', 0o644, "open to others"),
+        (f'client_id = "{SECRET}"', 0o600, "lack client_secret"),
+        (f'client_id = "a"\nclient_secret = {SECRET}', 0o600, "not TOML"),
+        (f'client_id = "a"\nclient_secret = ["{SECRET}"]', 0o600, "lack client_secret"),
+        (None, 0o600, "cannot be read"),
+    ],
+)
+def test_a_bad_credentials_file_is_said_without_its_content(
+    tmp_path: Path, text: str | None, mode: int, expected: str
+) -> None:
+    path, secrets = tmp_path / "fleet.toml", tmp_path / "secrets.toml"
+    if text is not None:
+        secrets.write_text(text)
+        secrets.chmod(mode)
+    connector = {**GOOD, "exchange": "deribit", "credentials_file": "secrets.toml"}
+    path.write_text(tomli_w.dumps({"connectors": {"conn": connector}}))
+    done = mdcollector("check", "-c", path, "--offline")
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert expected in done.stderr
+    assert str(secrets) in done.stderr
+    assert SECRET not in done.stderr + done.stdout
+
+
+def test_half_of_the_credentials_in_the_environment_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(tomli_w.dumps({"connectors": {"conn": {**GOOD, "exchange": "deribit"}}}))
+    done = mdcollector("check", "-c", path, "--offline", env={"MDCOLLECTOR_DERIBIT_CLIENT_SECRET": SECRET})
+    assert done.returncode == 78
+    assert "lack client_id" in done.stderr
+    assert SECRET not in done.stderr
+
+
+# The clock of the machine
+
+FAKETIME = next(
+    (str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), ""
+)  # Debian: apt install libfaketime
+
+
+@pytest.mark.skipif(not FAKETIME, reason="libfaketime (Debian: libfaketime) is not installed")
+@both_venues
+def test_the_host_clock_steps_by_two_seconds(fleet_of: Start, exchange: str) -> None:
+    """F17. Receive times follow the clock, wherever it goes; order, continuity and stage times do not depend on it."""
+    fleet = fleet_of(exchange)
+    offset = fleet.directory / "offset"
+    offset.write_text("+0\n")
+    env = {
+        "LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    fleet.writer = fleet.write()
+    fleet.connector = fleet.spawn("connect", fleet.NAME, "-c", fleet.config, env=env)
+    fleet.wait_live()
+    for step in ("+2", "-2", "+0"):
+        offset.write_text(f"{step}\n")
+        fleet.wait_more("trades", 20)
+    fleet.wait_live()
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+    assert not proof.gaps
+    assert fleet.counter("connections") == 1
+    rows = fleet.rows("trades")
+    late_us = [row["rcv_timestamp"] - row["timestamp"] for row in rows]
+    assert max(late_us) > 1_500_000, "the step forward shows in the receive times"
+    assert min(late_us) < -1_000_000, "and the step back"
+    assert all(0 < row["parse_ns"] <= row["publish_ns"] < 1_000_000_000 for row in rows), "stage times are monotonic"
+    packets = [row["packet_id"] for row in rows]
+    assert packets == sorted(packets)

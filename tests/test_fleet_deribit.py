@@ -1,0 +1,168 @@
+"""What only Deribit has: logins, tokens, heartbeats that must be answered, credits. Real processes, simulated venue."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import Fleet, until
+
+KEY = {"client_id": "reader-1", "client_secret": "S3cr3t-of-the-tests"}
+ENV = {f"MDCOLLECTOR_DERIBIT_{name.upper()}": value for name, value in KEY.items()}
+ACCEPTED = ("--credential", ":".join(KEY.values()))
+
+Start = Callable[..., Fleet]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a fleet on Deribit that collects; it is ended with the test."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> Fleet:
+            return stack.enter_context(Fleet(tmp_path / "deribit", "deribit", **options)).start()
+
+        yield make
+
+
+def subscriptions(fleet: Fleet) -> list[str]:
+    return [name for conn in fleet.sim.state()["connections"] for name in conn["subscriptions"]]
+
+
+def test_without_a_key_the_slower_channels_are_taken_and_status_says_so(start: Start) -> None:
+    """F9. `raw` is asked for in the configuration, but it needs a login."""
+    fleet = start(book_interval="raw")
+    assert "100 ms channels instead of raw" in fleet.stats()["notes"]["credentials"]
+    assert not [name for name in subscriptions(fleet) if name.endswith(".raw")]
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+
+
+def test_with_a_key_raw_is_recorded_to_the_last_change(start: Start) -> None:
+    """Every single change of the book; and again after a reconnect, which needs a login of its own."""
+    fleet = start(env=ENV, sim=ACCEPTED)
+    assert {f"{kind}.BTC-PERPETUAL.raw" for kind in ("trades", "book", "ticker")} <= set(subscriptions(fleet))
+    assert fleet.stats()["notes"] == {}
+    fleet.sim.fault("disconnect")
+    fleet.wait_counter("connections", 2)
+    fleet.wait_live()
+    fleet.wait_more("trades", 40)
+    proof = fleet.finish(book_stream="raw")
+    assert proof.ok, str(proof)
+
+
+def test_raw_over_a_rollover(start: Start) -> None:
+    """The second connection logs in by itself; both deliver, each row stands in the tables once."""
+    fleet = start(env=ENV, sim=ACCEPTED, lifetime_s=2.0)
+    fleet.wait_counter("rollovers", 2)
+    until(lambda: fleet.stats().get("state") == "connected", "the second rollover is done")
+    fleet.wait_more("orderbook_l2", 100)
+    proof = fleet.finish(book_stream="raw")
+    assert proof.ok, str(proof)
+    assert not proof.gaps, str(proof)
+
+
+def test_a_token_is_refreshed_before_it_expires(start: Start) -> None:
+    """F9. Raw channels end with the token; none of the refreshes may come too late."""
+    fleet = start(env=ENV, sim=(*ACCEPTED, "--limit", "token_s=2"))
+    fleet.sim.wait_state(lambda state: state["seconds"] > 9, 30)
+    assert [name for name in subscriptions(fleet) if name.endswith(".raw")], "the session is still logged in"
+    proof = fleet.finish(book_stream="raw")
+    assert proof.ok, str(proof)
+    assert not proof.gaps
+    assert fleet.counter("connections") == 1
+
+
+def test_a_session_that_lost_its_login_is_noticed(start: Start) -> None:
+    """F9. The venue ends the raw channels without a word, the others go on: best prices tell that the book is dead."""
+    fleet = start(env=ENV, sim=ACCEPTED, stale_s=1.5)
+    fleet.sim.fault("auth_expire")
+    fleet.wait_counter("stale")
+    assert "its book does not" in fleet.stats()["last_error"]
+    fleet.wait_live()
+    fleet.wait_more("trades", 40)
+    proof = fleet.finish(book_stream="raw")
+    assert proof.ok, str(proof)
+
+
+def test_wrong_credentials_are_said_and_the_public_channels_recorded(start: Start) -> None:
+    """F9. 13004: no reason to record nothing."""
+    fleet = start(env=ENV | {"MDCOLLECTOR_DERIBIT_CLIENT_SECRET": "another-S3cr3t"}, sim=ACCEPTED)
+    note = fleet.stats()["notes"]["credentials"]
+    assert "13004" in note
+    assert "100 ms channels instead of raw" in note
+    assert fleet.counter("raw_refused") == 1
+    fleet.sim.fault("disconnect")
+    fleet.wait_counter("connections", 2)
+    fleet.wait_live()
+    fleet.wait_more("trades", 40)
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+    assert "another-S3cr3t" not in fleet.tail()
+
+
+def test_credentials_from_a_file(start: Start, tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets.toml"
+    secrets.write_text("".join(f'{name} = "{value}"\n' for name, value in KEY.items()))
+    secrets.chmod(0o600)
+    fleet = start(sim=ACCEPTED, credentials_file=str(secrets))
+    assert [name for name in subscriptions(fleet) if name.endswith(".raw")]
+
+
+def test_every_test_request_is_answered(start: Start) -> None:
+    """F9. The venue asks each 0.3 s and hangs up on who does not answer within two seconds."""
+    fleet = start(sim=("--limit", "heartbeat_scale=0.02", "--limit", "test_within_s=2"))
+    before = fleet.sim.state()["connections"][0]["received"]["text"]
+    fleet.sim.wait_state(lambda state: state["connections"][0]["received"]["text"] > before + 8, 30)
+    assert not fleet.sim.state()["violations"]
+    assert fleet.counter("connections") == 1
+
+
+def test_an_unanswered_test_request_ends_the_connection_and_it_is_opened_again(start: Start) -> None:
+    """F9. The process stands still for longer than the venue waits; then it goes on where the hole ends."""
+    fleet = start(sim=("--limit", "heartbeat_scale=0.02", "--limit", "test_within_s=0.5"))
+    os.kill(fleet.connector.pid, signal.SIGSTOP)
+    try:
+        fleet.sim.wait_state(lambda state: state["violations"].get("test_request_unanswered"), 30)
+        fleet.sim.wait_state(lambda state: not state["connections"], 30)
+    finally:
+        os.kill(fleet.connector.pid, signal.SIGCONT)
+    fleet.wait_counter("connections", 2)
+    assert "4000" in fleet.stats()["last_error"]
+    fleet.wait_live()
+    fleet.wait_more("trades", 20)
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+
+
+def test_10028_ends_the_session_and_the_next_one_is_slower(start: Start) -> None:
+    """F10. Three subscribe calls are too much for this pool at the usual pace: wait, come back, space them out."""
+    tickers = [f"T{n:03d}_USDC-PERPETUAL" for n in range(90)]
+    limits = ("subscribe_pool=6000", "refill_per_s=3000", "call_pool=50000")
+    fleet = start(
+        tickers=["T*"], sim_tickers=",".join(f"{t}:1" for t in tickers), rate=2,
+        sim=[part for limit in limits for part in ("--limit", limit)],
+    )  # fmt: skip
+    fleet.wait_counter("venue_rate_limited")
+    assert fleet.sim.state()["violations"] == {"credits": 1}
+    until(lambda: len(subscriptions(fleet)) == 5 * len(tickers), "all subscribed")
+    connections = [c for c in fleet.sim.ledger().connections if c["event"] == "open"]
+    assert len(connections) == 2
+    waited_us = connections[1]["t"] - connections[0]["t"]
+    assert waited_us >= 10_000_000, "the pool was given time to refill"
+    proof = fleet.finish(to_the_end=False)  # too few trades for every instrument to show its hole
+    assert proof.ok, str(proof)
+
+
+def test_unknown_channels_are_refused_one_by_one(start: Start) -> None:
+    """The venue leaves a channel that it does not know out of its reply; the others are recorded."""
+    fleet = start(intervals=["1m", "2h"])
+    refused = [name for name, proof in fleet.stats()["streams"].items() if proof["refused"]]
+    assert refused == []
+    fleet.sim.fault("refuse", stream="chart")
+    fleet.sim.fault("disconnect")
+    fleet.wait_counter("stream_refused")
+    assert fleet.connector.poll() is None

@@ -1,0 +1,135 @@
+"""An unmodified third-party client judges the simulated exchanges: what cryptofeed receives equals the ledger.
+
+Its environment is made once, in `.venv-cryptofeed` beside the project; without a package index the tests are skipped.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from tools.sim.ledger import Ledger
+from tools.sim.process import SimProcess
+
+CRYPTOFEED = "cryptofeed==2.4.1"
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = Path(__file__).with_name("thirdparty_cryptofeed.py")
+INSTALL_S = 300
+LISTEN_S = 5
+
+pytestmark = [pytest.mark.thirdparty, pytest.mark.timeout(INSTALL_S + 120)]
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """The interpreter of an environment that holds cryptofeed and nothing of ours; made under a lock, only once."""
+    home = REPOSITORY / ".venv-cryptofeed"
+    interpreter, done = home / "bin" / "python", home / f"{CRYPTOFEED}.done"
+    home.mkdir(exist_ok=True)
+    with open(home / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            commands: tuple[list[str], ...] = (
+                [sys.executable, "-m", "venv", str(home)],
+                [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", CRYPTOFEED],
+            )
+            for command in commands:
+                try:
+                    result = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+                except subprocess.TimeoutExpired:
+                    pytest.skip(f"{CRYPTOFEED} was not installed within {INSTALL_S} s")
+                if result.returncode != 0:
+                    last = (result.stderr.strip().splitlines() or ["without a word"])[-1]
+                    pytest.skip(f"{CRYPTOFEED} cannot be installed here: {last}")
+            done.touch()
+    return interpreter
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of an authority and of a certificate for the simulator; the library refuses addresses without TLS."""
+    home = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(home / "ca.pem")
+    issued.private_key_pem.write_to_path(home / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(home / "cert.pem")
+    return {name: str(home / f"{name}.pem") for name in ("ca", "key", "cert")}
+
+
+def received(
+    python: Path, exchange: str, sim: SimProcess, symbols: list[str], ca: str, work: Path
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The exchange's names of the symbols, and everything that the library told its callbacks."""
+    trusted = {"SSL_CERT_FILE": ca, "REQUESTS_CA_BUNDLE": ca}
+    command = [str(python), str(SCRIPT), exchange, sim.ws_url, sim.rest_url, str(LISTEN_S), *symbols]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=work, env={"PATH": os.environ["PATH"], **trusted}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return lines[0]["names"], lines[1:]
+
+
+def check_trades(got: list[dict[str, Any]], truth: dict[str, dict[str, Any]]) -> None:
+    """Every trade equals the ledger's, and none of the ledger's between the first and the last is missing."""
+    assert len(got) > 50
+    ids = list(truth)
+    first, last = ids.index(got[0]["id"]), ids.index(got[-1]["id"])
+    assert [trade["id"] for trade in got] == ids[first : last + 1]
+    for trade in got:
+        row = truth[trade["id"]]
+        assert (Decimal(trade["price"]), Decimal(trade["qty"])) == (Decimal(row["price"]), Decimal(row["qty"]))
+        assert trade["side"].upper() == row["side"]
+
+
+def check_books(got: list[dict[str, Any]], ledger: Ledger, ticker: str, stream: str) -> int:
+    """Every book whose sequence number ends a depth event equals the ledger's book at that number."""
+    told = {book["seq"]: book for book in got}
+    compared = 0
+    for update_id, (bids, asks) in ledger.books(ticker, stream):
+        book = told.get(update_id)
+        if book is None:
+            continue
+        for side, true in (("bid", bids), ("ask", asks)):
+            levels = {Decimal(price): Decimal(qty) for price, qty in book[side].items()}
+            assert levels == {Decimal(price): Decimal(qty) for price, qty in true.items()}, (ticker, update_id, side)
+        compared += 1
+    return compared
+
+
+def test_binance_trades_and_books_equal_the_ledger(python: Path, certificates: dict[str, str], tmp_path: Path) -> None:
+    tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
+    market = ("--rate", "150", "--tickers", "BTCUSDT:1,ETHUSDT:0.5")
+    with SimProcess("binance_spot", *market, *tls, ledger=tmp_path / "l") as sim:
+        names, rows = received(python, "BINANCE", sim, ["BTC-USDT", "ETH-USDT"], certificates["ca"], tmp_path)
+        sim.stop()
+    ledger = sim.ledger()
+    assert names == {"BTC-USDT": "BTCUSDT", "ETH-USDT": "ETHUSDT"}
+    for symbol, ticker in names.items():
+        mine = [row for row in rows if row["symbol"] == symbol]
+        check_trades([row for row in mine if row["kind"] == "trade"], ledger.aggtrades(ticker))
+        books = [row for row in mine if row["kind"] == "book"]
+        assert check_books(books, ledger, ticker, "depth@100ms") > 20
+
+
+def test_deribit_trades_and_books_equal_the_ledger(python: Path, certificates: dict[str, str], tmp_path: Path) -> None:
+    tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
+    market = ("--rate", "150", "--tickers", "BTC-PERPETUAL:1,ETH-PERPETUAL:0.5", "--credential", "someone:secret")
+    with SimProcess("deribit", *market, *tls, ledger=tmp_path / "l") as sim:
+        names, rows = received(python, "DERIBIT", sim, ["BTC-USD-PERP", "ETH-USD-PERP"], certificates["ca"], tmp_path)
+        sim.stop()
+    ledger = sim.ledger()
+    assert names == {"BTC-USD-PERP": "BTC-PERPETUAL", "ETH-USD-PERP": "ETH-PERPETUAL"}
+    for symbol, ticker in names.items():
+        mine = [row for row in rows if row["symbol"] == symbol]
+        check_trades([row for row in mine if row["kind"] == "trade"], ledger.trades(ticker))
+        books = [row for row in mine if row["kind"] == "book"]
+        assert check_books(books, ledger, ticker, "raw") == len(books) > 100

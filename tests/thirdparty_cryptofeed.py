@@ -1,0 +1,57 @@
+"""What an unmodified cryptofeed receives from an exchange, as JSON lines on stdout.
+
+Run by `test_sim_cryptofeed.py` in an environment of its own that has cryptofeed and nothing of this project:
+
+    python thirdparty_cryptofeed.py BINANCE|DERIBIT WS_URL REST_URL SECONDS SYMBOL...
+
+Only the addresses (class attributes that the library has for this purpose), the TLS context and the credentials are set.
+"""
+
+import asyncio
+import json
+import ssl
+import sys
+
+from cryptofeed import FeedHandler
+from cryptofeed.connection import RestEndpoint, WebsocketEndpoint
+from cryptofeed.defines import L2_BOOK, TRADES
+from cryptofeed.exchanges import Binance, Deribit
+
+FEEDS = {"BINANCE": (Binance, ""), "DERIBIT": (Deribit, "/ws/api/v2")}
+
+
+def tell(**row):
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+async def on_trade(trade, _received):
+    tell(kind="trade", symbol=trade.symbol, id=trade.id, price=str(trade.price), qty=str(trade.amount), side=trade.side)
+
+
+async def on_book(book, _received):
+    levels = book.book.to_dict()
+    sides = {side: {str(price): str(qty) for price, qty in levels[side].items()} for side in ("bid", "ask")}
+    tell(kind="book", symbol=book.symbol, seq=book.sequence_number, **sides)
+
+
+def main():
+    name, ws_url, rest_url, seconds, *symbols = sys.argv[1:]
+    feed, path = FEEDS[name]
+    feed.websocket_endpoints = [WebsocketEndpoint(ws_url + path, options={"ssl": ssl.create_default_context()})]
+    feed.rest_endpoints = [RestEndpoint(rest_url, routes=feed.rest_endpoints[0].routes)]
+    config = {"log": {"disabled": True}, "uvloop": False, "deribit": {"key_id": "someone", "key_secret": "secret"}}
+    handler = FeedHandler(config=config)
+    made = feed(
+        config=config,
+        symbols=symbols,
+        channels=[TRADES, L2_BOOK],
+        callbacks={TRADES: on_trade, L2_BOOK: on_book},
+    )
+    tell(kind="symbols", names={symbol: made.std_symbol_to_exchange_symbol(symbol) for symbol in symbols})
+    handler.add_feed(made)
+    asyncio.get_event_loop().call_later(float(seconds), asyncio.get_event_loop().stop)
+    handler.run(install_signal_handlers=False)
+    sys.stdout.flush()
+
+
+main()

@@ -1,0 +1,1 @@
+"""The simulated exchanges: one file per venue beside the shared market, server, faults and ledger."""

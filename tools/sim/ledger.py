@@ -1,0 +1,210 @@
+"""The ledger of a simulated exchange: JSON lines that say what the exchange really did, and the class that reads them.
+
+Written by `server.py` and the venue files, read by tests, the demo and whoever judges a recording. Prices and
+quantities stand in it as the exact text that was sent.
+
+Kinds of lines, each with `t` in microseconds of the exchange's clock:
+
+    start    seed, options and per ticker the instrument and the book that everything starts from
+    trade    ticker, id, seq, price, qty, side (BUY or SELL, the taker's)
+    aggtrade ticker, id, first, last, price, qty, side (only where the venue aggregates)
+    book     ticker, stream, first, last, prev, bids, asks: one depth event of one speed; quantity 0 removes the level
+    bbo      ticker, id, bid, bid_qty, ask, ask_qty
+    ticker   ticker and the numbers of one 24 hour statistics message, in the venue's words; those that only an
+             occasional subscriber asks for (Deribit's raw ones) while somebody is subscribed to them
+    first_ticker  the same, sent to one new subscriber only (where the venue greets with it)
+    candle   ticker, interval, open_time, open, high, low, close, volume, trades, closed; every closed candle, and the
+             open versions while somebody is subscribed to them
+    fault    name and what was hit
+    conn     event (open, close), conn, and path or reason
+    end      totals per kind and ticker, and per ticker the final book
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TextIO
+
+FLUSH_S = 0.2
+
+Sides = tuple[dict[str, str], dict[str, str]]  # bids, asks: price text -> quantity text
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a venue's ledger is compared with tables: its unit of time, stream names and the words of its statistics."""
+
+    unit_us: int  # times of the venue are whole multiples of it
+    book_stream: str
+    ticker_words: Mapping[str, str]  # column -> word in the ledger's data, a dot goes one object deeper
+    bbo_has_id: bool
+    bbo_has_time: bool
+    candle_has_time: bool
+    candle_counts_trades: bool
+    intervals: Mapping[str, str]  # interval in the tables -> in the ledger, where they differ
+
+
+class LedgerWriter:
+    """Appends lines and counts them. Without a path it only counts, so that nothing is formatted in vain."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._file: TextIO | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 (closed in close)
+
+    @property
+    def writing(self) -> bool:
+        return self._file is not None
+
+    def line(self, kind: str, ticker: str, text: str) -> None:
+        """Append one ready line of a frequent kind; `text` is its JSON object."""
+        self.counts[kind, ticker] += 1
+        if self._file is not None:
+            self._file.write(text + "\n")
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Append one line of a rare kind."""
+        self.counts[kind, str(values.get("ticker", ""))] += 1
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, **values}, separators=(",", ":")) + "\n")
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Lines so far: kind -> ticker -> number."""
+        totals: dict[str, dict[str, int]] = defaultdict(dict)
+        for (kind, ticker), number in sorted(self.counts.items()):
+            totals[kind][ticker] = number
+        return dict(totals)
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Ledger:
+    """A ledger in memory.
+
+    Opened on a ledger that is still being written it holds the whole lines up to that moment; `end` is then None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.start: dict[str, Any] = {}
+        self.end: dict[str, Any] | None = None
+        self.faults: list[dict[str, Any]] = []
+        self.connections: list[dict[str, Any]] = []
+        self._by_kind: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    break  # the last line of a ledger that is still being written
+                self._take(json.loads(line))
+        if not self.start:
+            raise ValueError(f"{path}: not a ledger: no line of kind start")
+
+    def _take(self, row: dict[str, Any]) -> None:
+        kind = row["kind"]
+        if kind == "start":
+            self.start = row
+        elif kind == "end":
+            self.end = row
+        elif kind == "fault":
+            self.faults.append(row)
+        elif kind == "conn":
+            self.connections.append(row)
+        elif kind == "listing":
+            self.start["tickers"][row["ticker"]] = row["instrument"]
+        else:
+            self._by_kind[kind, row.get("ticker", "")].append(row)
+
+    @property
+    def tickers(self) -> list[str]:
+        return list(self.start["tickers"])
+
+    def rows(self, kind: str, ticker: str) -> list[dict[str, Any]]:
+        """All lines of a kind for a ticker, in the order in which they happened."""
+        return self._by_kind.get((kind, ticker), [])
+
+    def trades(self, ticker: str) -> dict[str, dict[str, Any]]:
+        """Trades by id, in order."""
+        return {row["id"]: row for row in self.rows("trade", ticker)}
+
+    def aggtrades(self, ticker: str) -> dict[str, dict[str, Any]]:
+        """Aggregated trades by id, in order."""
+        return {row["id"]: row for row in self.rows("aggtrade", ticker)}
+
+    def streams(self, ticker: str) -> list[str]:
+        """The speeds in which depth events of a ticker were published, the finest first."""
+        seen = Counter(row["stream"] for row in self.rows("book", ticker))
+        return [stream for stream, _ in seen.most_common()]
+
+    def book_events(self, ticker: str, stream: str | None = None) -> list[dict[str, Any]]:
+        """Depth events of one speed; without a name, of the finest one that there is."""
+        rows = self.rows("book", ticker)
+        if stream is None:
+            names = self.streams(ticker)
+            if not names:
+                return []
+            stream = names[0]
+        return [row for row in rows if row["stream"] == stream]
+
+    def bbo(self, ticker: str) -> dict[int, dict[str, Any]]:
+        """Best bid and offer by update id."""
+        return {row["id"]: row for row in self.rows("bbo", ticker)}
+
+    def candles(self, ticker: str, interval: str) -> dict[int, dict[str, Any]]:
+        """Closed candles of an interval by open time (us)."""
+        rows = self.rows("candle", ticker)
+        return {row["open_time"]: row for row in rows if row["interval"] == interval and row["closed"]}
+
+    def books(self, ticker: str, stream: str | None = None) -> Iterator[tuple[int, Sides]]:
+        """The book before the first depth event and after each one, with its update id.
+
+        The two dictionaries are the same objects each time; copy what is to be kept.
+        """
+        first = self.start["tickers"][ticker]["book"]
+        sides: Sides = (dict(first["bids"]), dict(first["asks"]))
+        yield first["last"], sides
+        for event in self.book_events(ticker, stream):
+            for book, levels in zip(sides, (event["bids"], event["asks"]), strict=True):
+                for price, qty in levels:
+                    if Decimal(qty):
+                        book[price] = qty
+                    else:
+                        book.pop(price, None)
+            yield event["last"], sides
+
+    def book(self, ticker: str, update_id: int, stream: str | None = None) -> Sides:
+        """The whole book of a ticker after the event whose last update id is `update_id`."""
+        for last, sides in self.books(ticker, stream):
+            if last == update_id:
+                return dict(sides[0]), dict(sides[1])
+            if last > update_id:
+                break
+        raise KeyError(f"{ticker}: no depth event of {stream or 'the finest stream'} ends at update id {update_id}")
+
+    def final_book(self, ticker: str) -> tuple[int, Sides]:
+        """Update id and book at the end of the run."""
+        if self.end is None:
+            raise ValueError("the ledger has no end yet")
+        book = self.end["books"][ticker]
+        return book["last"], (dict(book["bids"]), dict(book["asks"]))
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Lines that were read: kind -> ticker -> number."""
+        totals: dict[str, dict[str, int]] = defaultdict(dict)
+        for (kind, ticker), rows in sorted(self._by_kind.items()):
+            totals[kind][ticker] = len(rows)
+        return dict(totals)
+
+    def faults_fired(self) -> Counter[str]:
+        """How often each fault was fired."""
+        return Counter(row["name"] for row in self.faults)
