@@ -263,19 +263,16 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
 @main.command()
 @click.argument("name")
 @CONFIG
-@click.option("--resolved", hidden=True, default="", help="Tickers that a supervisor has resolved already.")
-def connect(name: str, config_path: Path, resolved: str) -> None:
+@click.option(
+    "--resolved", hidden=True, type=click.Path(path_type=Path), help="Tickers that a supervisor has resolved already."
+)
+def connect(name: str, config_path: Path, resolved: Path | None) -> None:
     """Run the connector NAME of a fleet file (what a systemd unit runs)."""
     from mdcollector import config, supervisor
     from mdcollector.connector import run_connector
 
     fleet = config.load(config_path)
-    if resolved:
-        connector = name if name in fleet.connectors else name.rpartition(".")[0]
-        settings = fleet.connectors[connector]
-        (planned,) = supervisor.plan(f"{config_path}: connectors.{connector}", name, settings, resolved.split(","))
-    else:
-        planned, settings = supervisor.find_planned(str(config_path), name, fleet)
+    planned, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
     run_connector(planned.name, settings, Path(fleet.rings), planned.streams)
 
 

@@ -40,6 +40,7 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     book_depth: int = 0  # levels of a snapshot, 0 = the venue's default
     book_interval: str = ""  # "" = the venue's default
     intervals: list[str] = msgspec.field(default_factory=lambda: ["1m"])  # of candles
+    rest_fallbacks: list[str] = msgspec.field(default_factory=list)  # asked in turn when one does not answer
     stale_s: float = 0.0  # a connection without data for so long is given up; 0 = the venue's default
     lifetime_s: float = 0.0  # a connection is replaced after so long; 0 = before the venue ends it
     reconnect_most_s: float = 60.0  # cap of the back-off
@@ -168,6 +169,7 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
     for key, value, schemes in (
         ("ws_url", connector.ws_url, ("ws://", "wss://")),
         ("rest_url", connector.rest_url, ("http://", "https://")),
+        *(("rest_fallbacks", url, ("http://", "https://")) for url in connector.rest_fallbacks),
     ):
         if value and not (value.startswith(schemes) and _host(value)):
             raise ConfigError(f"{where}.{key} = {value!r}: expected {' or '.join(schemes)} and a host")

@@ -15,6 +15,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -60,7 +61,7 @@ class OverlapFilter:
     """
 
     def __init__(self, venue: Venue, emit: Emit) -> None:
-        self._decode, self._carries_data, self._emit = venue.decode, venue.carries_data, emit
+        self._decode, self._identity, self._emit = venue.decode, venue.identity, emit
         self._ahead: Counter[bytes] = Counter()  # frames of the first leg minus frames of the second one
         self._duplicate_at = time.monotonic()
 
@@ -68,8 +69,8 @@ class OverlapFilter:
         """The decode function of the old (+1) or the new (-1) connection."""
         return FilteredDecode(self, sign)
 
-    def passes(self, frame: bytes, sign: int) -> bool:
-        digest = hashlib.blake2b(frame, digest_size=12).digest()
+    def passes(self, identity: bytes, sign: int) -> bool:
+        digest = hashlib.blake2b(identity, digest_size=12).digest()
         seen = self._ahead[digest]
         self._ahead[digest] = seen + sign
         if not self._ahead[digest]:
@@ -89,7 +90,8 @@ class OverlapFilter:
         return time.monotonic() - self._duplicate_at > OVERLAP_QUIET_S
 
     def decode(self, frame: bytes, sign: int) -> None:
-        if not self._carries_data(frame) or self.passes(frame, sign):
+        identity = self._identity(frame)
+        if identity is None or self.passes(identity, sign):
             self._decode(frame)
 
 
@@ -109,20 +111,26 @@ class Connector:
     def __init__(self, name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
         kind = venue_class(settings.exchange)
         self.name, self.settings = name, settings
-        self.emit = Emit(rings, name, kind.EXCHANGE, settings.feeds, capacities=settings.capacity)
+        brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
+        feeds = [feed for feed in settings.feeds if feed in brought]
+        self.emit = Emit(rings, name, kind.EXCHANGE, feeds, capacities=settings.capacity)
         self.venue = kind(self.emit, venue_options(settings, kind), streams)
         self.venue.resume()
         self.stop = asyncio.Event()
         self._limits = kind.LIMITS
         self._ws_url = (settings.ws_url or kind.WS_URL).rstrip("/")
-        rest_url = settings.rest_url or kind.REST_URL
+        rest_urls = rest_hosts(settings, kind)
         self._tls: ssl.SSLContext | None = None
-        if self._ws_url.startswith("wss") or rest_url.startswith("https"):
+        if any(url.startswith(("wss", "https")) for url in (self._ws_url, *rest_urls)):
             self._tls = tls_context(Path(settings.ca_file) if settings.ca_file else None)
-        limits, budgets = kind.LIMITS, rings / "_budgets"
-        self._connects = Budget(budgets / f"{kind.NAME}-connects", *limits.connects)
-        weight = Budget(budgets / f"{kind.NAME}-weight", limits.weight[0] * WEIGHT_SHARE, limits.weight[1])
-        self._fetcher = Fetcher(self.emit, self.venue, rest_url, weight, self._tls)
+        limits, budgets, family = kind.LIMITS, rings / "_budgets", kind.FAMILY or kind.NAME
+        self._connects = Budget(budgets / f"{family}-connects", *limits.connects)
+        weight = Budget(budgets / f"{family}-weight", limits.weight[0] * WEIGHT_SHARE, limits.weight[1])
+        self._fetcher = Fetcher(self.emit, self.venue, rest_urls, weight, self._tls)
+        self._messages: Budget | None = None
+        if limits.messages_per_ip[0]:
+            self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
+        self._polled = not kind.WS_URL
         self._stats = StatsWriter(self.emit.directory)
         self._leg: Leg | None = None
         self._reconnect: Reconnect | None = None
@@ -149,7 +157,7 @@ class Connector:
         gc.freeze()
         gc.disable()  # nothing on the hot path makes cycles; a collection would stall it
         tasks = [
-            loop.create_task(self._keep_connected()),
+            loop.create_task(self._poll() if self._polled else self._keep_connected()),
             loop.create_task(self._fetcher.run(self._carry_out_current)),
             loop.create_task(self._tick_for_ever()),
         ]
@@ -186,6 +194,28 @@ class Connector:
             self._drop_leg()
             self._state = "waiting to reconnect"
             await asyncio.sleep(wait_s + self._jitter_s())
+
+    async def _poll(self) -> None:
+        """The life of a venue without WebSocket: it wants requests; without rows for long, another host is asked."""
+        stale_s = self.settings.stale_s or self._limits.stale_s
+        while True:
+            self._state, self._data_ns, self._flowing_since_ns = "polling", time.time_ns(), 0
+            for stream in self.venue.proof.values():
+                stream.requested_ns = time.time_ns()
+            self.emit.counters["connections"] += 1
+            self.venue.opened()
+            self._carry_out(None)
+            self._tell_holes()
+            while time.time_ns() - self._data_ns < stale_s * 1e9 and self._reconnect is None:
+                self._woken.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), TICK_S)
+            cause = f"no data for {stale_s:g} s" if self._reconnect is None else self._reconnect.cause
+            self._note(Stale(cause), "stale")
+            self._reconnect = None
+            self._fetcher.next_host()
+            self._hold_on("reconnect")
+            await asyncio.sleep(self._jitter_s())
 
     def _jitter_s(self) -> float:
         """The wait before the next attempt: full jitter below a cap that doubles with each attempt."""
@@ -334,8 +364,12 @@ class Connector:
             return
         self._leg.close()
         self._leg = None
+        self._hold_on("reconnect")
+
+    def _hold_on(self, cause: str) -> None:
+        """Nothing comes any more: whatever is missed from here on is a hole."""
         self._holes_from_us = {**self._last_unsequenced_us(), **self._holes_from_us}
-        self.venue.disconnected("reconnect")
+        self.venue.disconnected(cause)
 
     def _note(self, error: Exception, kind: str) -> None:
         self.emit.counters[kind] += 1
@@ -368,10 +402,10 @@ class Connector:
             self._carry_out(leg)
 
     def _carry_out_current(self) -> None:
-        if self._leg is not None:
+        if self._leg is not None or self._polled:
             self._carry_out(self._leg)
 
-    def _carry_out(self, leg: Leg) -> None:
+    def _carry_out(self, leg: Leg | None) -> None:
         wants = self.venue.wants
         while wants:
             want = wants.popleft()
@@ -380,11 +414,14 @@ class Connector:
             elif isinstance(want, Reconnect):
                 self._reconnect = want
                 self._woken.set()
+            elif leg is None:
+                raise AssertionError(f"{self.settings.exchange} is polled and wants to send {want.text!r}")
             elif want.urgent:
                 leg.send(want.text)
             else:
                 leg.outbox.append(want.text)
-        self._send_due(leg)
+        if leg is not None:
+            self._send_due(leg)
 
     def _send_due(self, leg: Leg) -> None:
         """Send what waits, as fast as the venue takes messages."""
@@ -392,6 +429,8 @@ class Connector:
         self._send_tokens = min(max(1.0, rate), self._send_tokens + (now - self._sent_at) * rate)
         self._sent_at = now
         while leg.outbox and self._send_tokens >= 1:
+            if self._messages is not None and self._messages.take(1):
+                return  # another connector of this machine has used it up; the next tick asks again
             self._send_tokens -= 1
             leg.send(leg.outbox.popleft())
 
@@ -404,12 +443,13 @@ class Connector:
             ticks += 1
             self._look_for_data()
             self.emit.tick()
-            if self._leg is not None:
+            leg = self._leg
+            if leg is not None or self._polled:
                 self.venue.tick(time.time_ns())
-                if not self._leg.tails_checked and time.time_ns() - self._leg.opened_ns > TAIL_CHECK_S * 1e9:
-                    self._leg.tails_checked = True
+                if leg is not None and not leg.tails_checked and time.time_ns() - leg.opened_ns > TAIL_CHECK_S * 1e9:
+                    leg.tails_checked = True
                     self.venue.check_tails()
-                self._carry_out(self._leg)
+                self._carry_out(leg)
             if ticks % STATS_EVERY_TICKS == 0:
                 self._look_for_silent_books()
                 self._publish()
@@ -445,10 +485,9 @@ class Connector:
 
     def _proven(self) -> bool:
         """Every subscription is confirmed on the connection that is open now, or refused for good."""
-        leg = self._leg
-        return leg is not None and all(
-            s.acknowledged_ns > leg.opened_ns or s.refused for s in self.venue.proof.values()
-        )
+        if self._leg is None and not self._polled:
+            return False
+        return all(s.acknowledged_ns > s.requested_ns or s.refused for s in self.venue.proof.values())
 
     def _tell_holes(self) -> None:
         """Record what the feeds without ids may have missed: once before the first row behind the hole, so that even
@@ -504,6 +543,13 @@ class Connector:
                 **emit.snapshot(),
             }
         )
+
+
+def rest_hosts(settings: ConnectorConfig, kind: type[Venue]) -> list[str]:
+    """REST bases that are asked, the first one until it fails."""
+    if settings.rest_url:
+        return [settings.rest_url, *settings.rest_fallbacks]
+    return [kind.REST_URL, *(settings.rest_fallbacks or kind.REST_FALLBACKS)]
 
 
 def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:

@@ -22,9 +22,9 @@ import aiohttp
 import msgspec
 
 from mdcollector.config import ConnectorConfig, FleetConfig
-from mdcollector.connector import venue_options
+from mdcollector.connector import rest_hosts, venue_options
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, RateLimited, RingError
-from mdcollector.exchanges import Stream, resolve_tickers, venue_class
+from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, resolve_tickers, venue_class
 from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
@@ -59,9 +59,10 @@ def resolve(where: str, settings: ConnectorConfig) -> list[str]:
 
     Plain names go unchecked, with a warning, when the venue does not answer; patterns cannot do without it.
     """
-    kind = venue_class(settings.exchange)
     try:
-        body = asyncio.run(_instruments(settings))
+        listed = asyncio.run(_instruments(settings))
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{where}: the venue's list of instruments cannot be read: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
     except (Disconnected, RateLimited, aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -70,22 +71,41 @@ def resolve(where: str, settings: ConnectorConfig) -> list[str]:
         log.warning("%s: tickers not checked, no list of instruments: %s", where, error)
         return list(dict.fromkeys(settings.tickers))
     try:
-        return resolve_tickers(settings.tickers, kind.instruments(body))
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{where}: the venue's list of instruments cannot be read: {error}") from error
+        return resolve_tickers(settings.tickers, listed)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
 
 
-async def _instruments(settings: ConnectorConfig) -> bytes:
+async def _instruments(settings: ConnectorConfig) -> list[InstrumentInfo]:
+    """What the venue lists now, all pages of it; the next host is asked where one does not answer."""
     kind = venue_class(settings.exchange)
-    url = (settings.rest_url or kind.REST_URL).rstrip("/") + kind.instruments_path()
-    tls = tls_context(Path(settings.ca_file) if settings.ca_file else None) if url.startswith("https") else None
-    async with asyncio.timeout(RESOLVE_TIMEOUT_S), open_session(tls) as session:
-        status, body = await get(session, url)
-    if status >= 400:
-        raise Disconnected(f"{url}: HTTP {status}")
-    return body
+    hosts = rest_hosts(settings, kind)
+    secure = any(url.startswith("https") for url in hosts)
+    tls = tls_context(Path(settings.ca_file) if settings.ca_file else None) if secure else None
+    async with asyncio.timeout(RESOLVE_TIMEOUT_S), open_session(tls, kind.HTTP_HEADERS) as session:
+        for host in hosts[:-1]:
+            try:
+                return await _pages(session, host.rstrip("/"), kind)
+            except (Disconnected, aiohttp.ClientError, TimeoutError, OSError) as error:
+                log.warning("%s: no list of instruments: %s", host, error)
+        return await _pages(session, hosts[-1].rstrip("/"), kind)
+
+
+async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue]) -> list[InstrumentInfo]:
+    listed: list[InstrumentInfo] = []
+    for first in kind.instruments_paths():
+        path: str | None = first
+        for _ in range(PAGES_MAX):
+            if path is None:
+                break
+            status, body = await get(session, base + path)
+            if status >= 400:
+                raise Disconnected(f"{base}{path}: HTTP {status}")
+            listed += kind.instruments(body)
+            path = kind.next_page(path, body)
+        else:
+            raise Disconnected(f"{base}{first}: more than {PAGES_MAX} pages of instruments")
+    return listed
 
 
 def plan(where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str]) -> list[Planned]:
@@ -103,19 +123,29 @@ def plan(where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str
     ]
 
 
-def find_planned(where: str, name: str, fleet: FleetConfig) -> tuple[Planned, ConnectorConfig]:
-    """The connection that the process `name` runs, with its configuration."""
+def find_planned(
+    where: str, name: str, fleet: FleetConfig, resolved: Path | None = None
+) -> tuple[Planned, ConnectorConfig]:
+    """The connection that the process `name` runs, with its configuration; `resolved` is a list of tickers in JSON."""
     for connector, settings in fleet.connectors.items():
         if name != connector and name.rpartition(".")[0] != connector:
             continue
         place = f"{where}: connectors.{connector}"
-        planned = plan(place, connector, settings, resolve(place, settings))
+        tickers = resolve(place, settings) if resolved is None else _read_tickers(resolved)
+        planned = plan(place, connector, settings, tickers)
         for connection in planned:
             if connection.name == name:
                 return connection, settings
         names = ", ".join(connection.name for connection in planned)
         raise ConfigError(f"{place}: needs {len(planned)} connections, run one of {names}")
     raise ConfigError(f"{where}: no connector {name!r}; there are {', '.join(fleet.connectors) or 'none'}")
+
+
+def _read_tickers(path: Path) -> list[str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[str])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: expected a list of tickers in JSON: {error}") from error
 
 
 class Child:
@@ -184,17 +214,20 @@ class Supervisor:
     def __init__(self, config_path: Path, fleet: FleetConfig, log_args: Sequence[str] = ()) -> None:
         self.rings = Path(fleet.rings)
         base = [sys.executable, "-m", "mdcollector", *log_args, "--parent", str(os.getpid())]
+        self._stats = StatsWriter(self.rings / "_supervisor")
         self.connectors: list[Child] = []
         for name, settings in fleet.connectors.items():
             where = f"{config_path}: connectors.{name}"
-            for p in plan(where, name, settings, resolve(where, settings)):
-                command = [*base, "connect", p.name, "-c", str(config_path), "--resolved", ",".join(p.tickers)]
+            tickers = resolve(where, settings)
+            resolved = self.rings / "_supervisor" / f"{name}.tickers.json"
+            resolved.write_bytes(msgspec.json.encode(tickers))
+            for p in plan(where, name, settings, tickers):
+                command = [*base, "connect", p.name, "-c", str(config_path), "--resolved", str(resolved)]
                 self.connectors.append(Child(p.name, "connector", command))
         self.arbiters = [
             Child(name, "arbiter", [*base, "arbitrate", name, "-c", str(config_path)]) for name in fleet.arbiters
         ]
         self.writers = [Child(name, "writer", [*base, "write", name, "-c", str(config_path)]) for name in fleet.writers]
-        self._stats = StatsWriter(self.rings / "_supervisor")
         self._locks = [self._lock(child.name) for child in self.children]
         self._rows_before = self._rows()
 

@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -219,8 +219,11 @@ def open_session(tls: ssl.SSLContext | None, headers: Mapping[str, str] | None =
 class Fetcher:
     """Fetches what a venue wants, one at a time, in order, within the weight that this machine's IP address has."""
 
-    def __init__(self, emit: Emit, venue: Venue, rest_url: str, budget: Budget, tls: ssl.SSLContext | None) -> None:
-        self._emit, self._venue, self._base, self._budget, self._tls = emit, venue, rest_url.rstrip("/"), budget, tls
+    def __init__(
+        self, emit: Emit, venue: Venue, rest_urls: Sequence[str], budget: Budget, tls: ssl.SSLContext | None
+    ) -> None:
+        self._emit, self._venue, self._budget, self._tls = emit, venue, budget, tls
+        self._bases = deque(url.rstrip("/") for url in rest_urls)
         self._waiting: dict[str, Fetch] = {}
         self._broken: Counter[str] = Counter()  # answers in a row that could not be read
         self._news = asyncio.Event()
@@ -230,6 +233,13 @@ class Fetcher:
     def waiting(self) -> int:
         """Requests not yet answered."""
         return len(self._waiting)
+
+    def next_host(self) -> None:
+        """Ask another host from now on, where the venue has one."""
+        if len(self._bases) > 1:
+            self._bases.rotate(-1)
+            self._emit.counters["http_host_changed"] += 1
+            self._venue.notes["REST host"] = self._bases[0]
 
     def want(self, fetch: Fetch) -> None:
         """Ask for a URL; one that is already waiting under this key is not asked for twice."""
@@ -256,7 +266,7 @@ class Fetcher:
 
     async def _one(self, session: aiohttp.ClientSession, fetch: Fetch) -> Callable[[], bool] | None:
         """What to do with the answer, once the request no longer counts as waiting: False = ask again; None = no answer."""
-        emit, url = self._emit, self._base + fetch.path
+        emit, url = self._emit, self._bases[0] + fetch.path
         emit.counters["http_requests"] += 1
         try:
             status, body = await get(session, url)
@@ -268,6 +278,7 @@ class Fetcher:
         except (aiohttp.ClientError, TimeoutError, Disconnected) as error:
             emit.counters["http_failed"] += 1
             emit.samples["http_failed"] = f"{url}: {type(error).__name__}: {error}"
+            self.next_host()
             return None
 
         def deliver() -> bool:
@@ -277,7 +288,10 @@ class Fetcher:
                 self._venue.http_failed(fetch, status, body)
                 return True
             try:
-                self._venue.http(url, body)
+                if fetch.answer is not None:
+                    fetch.answer(body)
+                else:
+                    self._venue.http(url, body)
             except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 emit.refused_error(error, body)
                 self._broken[fetch.key] += 1

@@ -12,7 +12,7 @@ from fleet import BOOK_STREAMS, TICKERS, TRADE_STREAMS, Fleet, until
 
 from mdcollector.budget import Budget
 from mdcollector.connector import WEIGHT_SHARE
-from mdcollector.exchanges.binance_spot import BinanceSpot
+from mdcollector.exchanges.binance import BinanceSpot
 
 EXCHANGES = tuple(TICKERS)
 both_venues = pytest.mark.parametrize("exchange", EXCHANGES)

@@ -140,7 +140,7 @@ def test_two_processes_share_one_budget(tmp_path: Path) -> None:
 def passed(frames: list[tuple[bytes, int]]) -> list[bytes]:
     """What the filter lets through of (frame, leg) in order of arrival."""
     out: list[bytes] = []
-    venue = SimpleNamespace(decode=out.append, carries_data=lambda frame: not frame.startswith(b"reply"))
+    venue = SimpleNamespace(decode=out.append, identity=lambda frame: None if frame.startswith(b"reply") else frame)
     emit = SimpleNamespace(counters=Counter())
     overlap = OverlapFilter(venue, emit)  # type: ignore[arg-type]
     legs = {+1: overlap.decode_of(+1), -1: overlap.decode_of(-1)}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.sim.binance_spot import BinanceSpot
+from tools.sim.binance import BinanceSpot
 from tools.sim.deribit import Deribit, number
 from tools.sim.market import ASK, BID, LEVELS_MIN, Action, Book, Market, plain
 

@@ -1,4 +1,4 @@
-"""The exchange contract: what a venue's file gives, and how it is found (by the name of its file).
+"""The exchange contract: what a venue's file gives, and how it is found (by the names in its file's `VENUES`).
 
 A venue is pure translation. `decode` turns a frame into calls of the emitter, synchronously and without I/O; what it
 needs from outside (a message to send, a URL to fetch) it appends to `wants`, and the connector carries it out. So a
@@ -6,12 +6,13 @@ venue runs the same on a live connection and on a recording. Adding one touches 
 """
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +30,9 @@ Quantity = Annotated[float, msgspec.Meta(ge=0)]
 ROUTE_LEAD = 10  # bytes in front of a stream's name that are part of its route: a reply may name it at the same place
 ROUTES_MAX = 4096  # streams whose decoder is remembered by name; the frames of more are looked at twice
 REASON_CHARS_MAX = 200  # kept of a reason that a venue gives
+NOTES_MAX = 500  # kept for status
+PAGES_MAX = 100  # of the list of instruments; the longest known has 10
+FIELDS_MAX, ITEMS_LOOKED_AT = 1000, 3  # of the first frame of a stream, when it is searched for new fields
 _Body = TypeVar("_Body")
 
 
@@ -41,6 +45,9 @@ class Limits(msgspec.Struct, frozen=True):
     weight: tuple[int, float]  # request weight per so many seconds, per IP
     lifetime_s: float  # the venue ends a connection after this long; 0 = never
     stale_s: float = 60.0  # a connection without data for this long is given up
+    silent_s: float = 60.0  # a stream without data for this long is checked over REST
+    messages_per_ip: tuple[int, float] = (0, 0.0)  # client messages per so many seconds, per IP; (0, 0) = no such limit
+    instruments_weight: int = 1  # of one request for a page of the list of instruments
 
 
 class Stream(msgspec.Struct, frozen=True):
@@ -49,6 +56,8 @@ class Stream(msgspec.Struct, frozen=True):
     name: str  # as the venue spells it
     feed: str
     ticker: str
+    path: str = ""  # of the connection that carries it, below the WebSocket base; "" = the venue has only one
+    also: tuple[str, ...] = ()  # other wanted feeds whose rows this one stream brings
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -64,6 +73,7 @@ class Fetch(msgspec.Struct, frozen=True):
     key: str
     path: str
     weight: int
+    answer: Callable[[bytes], None] | None = None  # who takes the body; None = the venue's `http`
 
 
 class Reconnect(msgspec.Struct, frozen=True):
@@ -75,13 +85,21 @@ class Reconnect(msgspec.Struct, frozen=True):
 
 
 class InstrumentInfo(msgspec.Struct, frozen=True):
-    """One instrument that the venue lists."""
+    """One instrument that the venue lists. NaN and -1 = the venue does not say."""
 
     ticker: str
-    active: bool
-    kind: str = "spot"
+    active: bool  # it trades now, so its streams bring data
+    kind: str = "spot"  # spot, perpetual, future, option, ...
     base: str = ""
     quote: str = ""
+    status: str = ""  # the venue's own word
+    tick_size: float = math.nan
+    qty_step: float = math.nan
+    contract_size: float = (
+        math.nan
+    )  # what one unit of `qty` is, in the unit that the venue names; 1 where qty is in base units
+    listed_time: int = -1  # us since the epoch
+    expiry_time: int = -1
 
 
 Want = Send | Fetch | Reconnect
@@ -111,14 +129,20 @@ class Venue(ABC):
     """One venue as seen by one connector process; lives as long as the process, over all its connections."""
 
     NAME: ClassVar[str]
+    FAMILY: ClassVar[str] = ""  # venues that share the limits of one IP address share this name; "" = NAME
     EXCHANGE: ClassVar[Exchange]
     FEEDS: ClassVar[tuple[str, ...]]
-    WS_URL: ClassVar[str]
+    WS_URL: ClassVar[str]  # "" = everything is polled over REST, in `tick`
     REST_URL: ClassVar[str]
+    REST_FALLBACKS: ClassVar[tuple[str, ...]] = ()  # hosts that are asked in turn when one does not answer
     LIMITS: ClassVar[Limits]
     INTERVALS: ClassVar[tuple[str, ...]] = ()  # of candles
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
-    PREFIX: ClassVar[bytes]  # how a frame of a stream begins, up to the name of the stream, which ends with a quote
+    PREFIX: ClassVar[bytes] = b""  # how a frame of a stream begins, up to what tells the stream
+    DELIMITER: ClassVar[bytes] = b'"'  # what ends that
+    KNOWN_FIELDS: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # names in data frames, at any depth; a new one is told; none = all
     CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
@@ -144,46 +168,74 @@ class Venue(ABC):
 
     @classmethod
     @abstractmethod
-    def instruments_path(cls) -> str:
-        """REST path of the list of instruments."""
+    def instruments_paths(cls) -> tuple[str, ...]:
+        """REST paths (with query) that list the instruments; each may have further pages."""
 
     @classmethod
     @abstractmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
-        """The instruments in an answer to `instruments_path`."""
+        """The instruments in an answer to one of `instruments_paths`, or to a page behind it."""
+
+    @classmethod
+    def next_page(cls, path: str, body: bytes) -> str | None:
+        """REST path of the page behind this answer to `path`; None = it was the last."""
+        return None
+
+    @classmethod
+    def snapshot_weight(cls, options: Options) -> int:
+        """Request weight that the first snapshot of one book costs; 0 where the stream begins with it."""
+        return 0
 
     @classmethod
     def plan(cls, tickers: Sequence[str], feeds: Sequence[str], options: Options) -> list[list[Stream]]:
-        """Streams of each connection: as few as the limits allow, the streams of one instrument together."""
-        connections: list[list[Stream]] = [[]]
+        """Streams of each connection: as few as the limits allow, the streams of one instrument and path together."""
+        connections: list[list[Stream]] = []
+        filling: dict[str, list[Stream]] = {}  # path -> the connection that takes more
         for ticker in tickers:
-            streams = cls.streams_of(ticker, feeds, options)
-            if len(connections[-1]) + len(streams) > cls.LIMITS.streams_per_connection:
-                connections.append([])
-            connections[-1] += streams
-        return [c for c in connections if c]
+            by_path: dict[str, list[Stream]] = {}
+            for stream in cls.streams_of(ticker, feeds, options):
+                by_path.setdefault(stream.path, []).append(stream)
+            for path, streams in by_path.items():
+                if path not in filling or not cls.fits(filling[path], streams):
+                    connections.append([])
+                    filling[path] = connections[-1]
+                filling[path] += streams
+        return connections
+
+    @classmethod
+    def fits(cls, taken: Sequence[Stream], more: Sequence[Stream]) -> bool:
+        """Whether a connection with the streams `taken` may carry `more`."""
+        return len(taken) + len(more) <= cls.LIMITS.streams_per_connection
 
     # One connection
 
-    @abstractmethod
     def ws_path(self) -> str:
         """Path (with query) below the WebSocket base."""
+        return self.streams[0].path
 
     @abstractmethod
     def opened(self) -> None:
-        """A connection is open: want what must be sent first."""
+        """A connection is open (or polling begins): want what must be sent first."""
+
+    @abstractmethod
+    def subscribe(self, names: Sequence[str]) -> None:
+        """Want these streams subscribed, on the open connection."""
+
+    @abstractmethod
+    def unsubscribe(self, names: Sequence[str]) -> None:
+        """Want these streams left."""
 
     def _router(self) -> Decode:
         """`decode`: translate one text message. FrameError or msgspec.DecodeError when it is unusable.
 
         Hot, hence a closure: the frame's own bytes lead to the decoder of its stream, and all else to `unrouted`.
         """
-        routes, at, unrouted = self._routes, len(self.PREFIX), self.unrouted
-        start = at - len(self.PREFIX[-ROUTE_LEAD:])
+        routes, at, delimiter, unrouted = self._routes, len(self.PREFIX), self.DELIMITER, self.unrouted
+        start = max(0, at - ROUTE_LEAD)
 
         def decode(frame: bytes) -> None:
             try:
-                handle = routes[frame[start : frame.index(b'"', at)]]
+                handle = routes[frame[start : frame.index(delimiter, at)]]
             except (KeyError, ValueError):
                 handle = unrouted
             try:
@@ -197,15 +249,37 @@ class Venue(ABC):
     def unrouted(self, frame: bytes) -> None:
         """Decode the first frame of a stream, a frame of another form, a reply, a notice, or something unknown."""
 
-    def take_route(self, name: str, frame: bytes, handle: Decode) -> None:
-        """Decode the first frame of a stream, and from now on every frame of it that begins as this one does."""
-        if frame.startswith(self.PREFIX) and len(self._routes) < ROUTES_MAX:
-            self._routes[self.PREFIX[-ROUTE_LEAD:] + name.encode()] = handle
+    def take_route(self, frame: bytes, handle: Decode) -> None:
+        """Decode the first frame of a stream, and from now on every frame that begins as this one does."""
+        end = frame.find(self.DELIMITER, len(self.PREFIX))
+        if end >= 0 and frame.startswith(self.PREFIX) and len(self._routes) < ROUTES_MAX:
+            self._routes[frame[max(0, len(self.PREFIX) - ROUTE_LEAD) : end]] = handle
         handle(frame)
+        if self.KNOWN_FIELDS:
+            self._look_for_new_fields(frame)
 
-    def carries_data(self, frame: bytes) -> bool:
-        """Whether a frame is market data, so that the same one on another connection is a duplicate."""
-        return frame.startswith(self.PREFIX)
+    def _look_for_new_fields(self, frame: bytes) -> None:
+        """Venues add fields without notice: once per stream and connection, names that are not known are told."""
+        names, left = set[str](), [msgspec.json.decode(frame)]
+        while left and len(names) < FIELDS_MAX:
+            value = left.pop()
+            if isinstance(value, dict):
+                names |= value.keys()
+                left += value.values()
+            elif isinstance(value, list):
+                left += value[:ITEMS_LOOKED_AT]
+        for name in sorted(names - self.KNOWN_FIELDS):
+            self.drift("field", name, frame)
+
+    def drift(self, what: str, found: str, frame: bytes = b"") -> None:
+        """Count something that the venue's documents did not have (a new field, event, or value of an enumeration)."""
+        self.emit.counters["protocol_drift"] += 1
+        if len(self.notes) < NOTES_MAX:
+            self.notes[f"new {what} {found[:REASON_CHARS_MAX]}"] = frame[:REASON_CHARS_MAX].decode(errors="replace")
+
+    def identity(self, frame: bytes) -> bytes | None:
+        """What is the same in this frame of market data on two connections that deliver it both; None = no such frame."""
+        return frame if frame.startswith(self.PREFIX) else None
 
     def closing(self) -> list[str]:
         """Texts to send before a connection is closed on purpose."""
@@ -213,10 +287,24 @@ class Venue(ABC):
 
     def disconnected(self, cause: str) -> None:
         """The connection ended."""
+        self._routes.clear()  # the next one may speak otherwise: first frames are looked at again
         for book in self.books.values():
             book.disconnected(cause)
         for trade_sync in self.trade_syncs.values():
             trade_sync.disconnected(cause)
+
+    # Whether an acknowledged stream delivers
+
+    def probe(self, stream: Stream) -> Fetch | None:
+        """The REST request that shows whether this silent stream should have delivered; None = the venue has none."""
+        return None
+
+    def newest_us(self, stream: Stream, body: bytes) -> int:
+        """Time of the newest thing in the answer to `probe` that the stream should have brought; 0 = there is none.
+
+        FrameError or msgspec.DecodeError when the answer is unusable.
+        """
+        return 0
 
     # HTTP
 
@@ -348,15 +436,20 @@ def resolve_tickers(patterns: Sequence[str], listed: Sequence[InstrumentInfo]) -
     return sorted(wanted)
 
 
+def _venues_in(module: str) -> dict[str, type[Venue]]:
+    venues: tuple[type[Venue], ...] = importlib.import_module(f"{__name__}.{module}").VENUES
+    return {venue.NAME: venue for venue in venues}
+
+
 def venue_names() -> list[str]:
-    """Names of all venues: the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names of all venues, which stand in the files of this folder."""
+    return sorted(name for module in pkgutil.iter_modules(__path__) for name in _venues_in(module.name))
 
 
 def venue_class(name: str) -> type[Venue]:
-    """The venue of that name; ConfigError lists the known ones."""
-    if name not in venue_names():
-        raise ConfigError(f"exchange {name!r} is not known; known are {', '.join(venue_names())}")
-    module: Any = importlib.import_module(f"{__name__}.{name}")
-    found: type[Venue] = module.VENUE
-    return found
+    """The venue of that name; ConfigError lists the known ones. Its file is called as it is, or as its name begins."""
+    for module in pkgutil.iter_modules(__path__):
+        may_hold_it = name == module.name or name.startswith(f"{module.name}_")
+        if may_hold_it and (found := _venues_in(module.name).get(name)):
+            return found
+    raise ConfigError(f"exchange {name!r} is not known; known are {', '.join(venue_names())}")

@@ -256,8 +256,8 @@ class Deribit(Venue):
         return streams
 
     @classmethod
-    def instruments_path(cls) -> str:
-        return "/api/v2/public/get_instruments?currency=any&expired=false"
+    def instruments_paths(cls) -> tuple[str, ...]:
+        return ("/api/v2/public/get_instruments?currency=any&expired=false",)
 
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
@@ -279,15 +279,21 @@ class Deribit(Venue):
             # Subscribing waits for the reply: the token belongs to the connection.
             self._call("public/auth", {"grant_type": _LOGIN, **self.options.credentials})
         else:
-            self._subscribe([stream.name for stream in self.streams])
+            self.subscribe([stream.name for stream in self.streams])
 
     def closing(self) -> list[str]:
         self._request_id += 1
         return [_rpc(self._request_id, "public/unsubscribe_all", {})]
 
-    def _subscribe(self, channels: list[str], method: str = "public/subscribe") -> None:
-        for i in range(0, len(channels), CHANNELS_PER_SUBSCRIBE):
-            self._call(method, {"channels": channels[i : i + CHANNELS_PER_SUBSCRIBE]})
+    def subscribe(self, names: Sequence[str]) -> None:
+        self._call_for("public/subscribe", names)
+
+    def unsubscribe(self, names: Sequence[str]) -> None:
+        self._call_for("public/unsubscribe", names)
+
+    def _call_for(self, method: str, names: Sequence[str]) -> None:
+        for i in range(0, len(names), CHANNELS_PER_SUBSCRIBE):
+            self._call(method, {"channels": list(names[i : i + CHANNELS_PER_SUBSCRIBE])})
 
     def _call(self, method: str, params: dict[str, Any], urgent: bool = False) -> None:
         self._request_id += 1
@@ -308,8 +314,8 @@ class Deribit(Venue):
             channels = [s.name for s in self.streams if s.feed == "orderbook_l2" and s.ticker in self._resubscribe]
             channels = [name for name in channels if self._tickers[name] in due]
             # Subscribing to a channel that is subscribed gives no snapshot: leave it first.
-            self._subscribe(channels, "public/unsubscribe")
-            self._subscribe(channels)
+            self.unsubscribe(channels)
+            self.subscribe(channels)
 
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
@@ -321,7 +327,7 @@ class Deribit(Venue):
         envelope = _decode_envelope(frame)
         if envelope.method == "subscription":
             name = envelope.params.channel
-            self.take_route(name, frame, self._handler(name))
+            self.take_route(frame, self._handler(name))
         elif envelope.method == "heartbeat":
             if envelope.params.type == "test_request":
                 self._call("public/test", {}, urgent=True)
@@ -339,7 +345,7 @@ class Deribit(Venue):
             self._refresh_token = token.refresh_token
             self._refresh_at_ns = time.time_ns() + int(token.expires_in * REFRESH_SHARE * 1e9)
             if method == _LOGIN:
-                self._subscribe([stream.name for stream in self.streams])
+                self.subscribe([stream.name for stream in self.streams])
         elif method == "public/subscribe":
             confirmed = _decode_names(envelope.result)
             self.acknowledge(confirmed, time.time_ns())
@@ -370,7 +376,7 @@ class Deribit(Venue):
         self.streams = [Stream(_slower(s.name), s.feed, s.ticker) for s in self.streams]
         self.proof = {_slower(name): state for name, state in self.proof.items()}
         self._tickers = {stream.name: stream.ticker for stream in self.streams}
-        self._subscribe([stream.name for stream in self.streams])
+        self.subscribe([stream.name for stream in self.streams])
 
     def _handler(self, channel: str) -> Callable[[bytes], None]:
         """What decodes the notifications of a channel; FrameError when its instrument or kind is not wanted."""
@@ -515,4 +521,4 @@ def _rpc(request_id: int, method: str, params: dict[str, Any]) -> str:
     return msgspec.json.encode({"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}).decode()
 
 
-VENUE = Deribit
+VENUES = (Deribit,)

@@ -238,7 +238,7 @@ class Venue(ABC):
 
 
 def venues() -> dict[str, type[Venue]]:
-    """Every venue that has a file in this folder, by name."""
+    """Every venue in the files of this folder, by name."""
     found: dict[str, type[Venue]] = {}
     for info in pkgutil.iter_modules(tools.sim.__path__):
         module = importlib.import_module(f"tools.sim.{info.name}")
@@ -247,9 +247,9 @@ def venues() -> dict[str, type[Venue]]:
                 isinstance(value, type)
                 and issubclass(value, Venue)
                 and value.__module__ == module.__name__
-                and value is not Venue
+                and "name" in vars(value)  # else several venues share it
             ):
-                found[info.name] = value
+                found[value.name] = value
     return found
 
 

@@ -1,6 +1,6 @@
-"""What the tools must know of a venue: the contract, and how a venue's file is found by its name.
+"""What the tools must know of a venue: the contract, and how a venue is found by its name.
 
-Used by mdreplay and mdcompare. One file here is one venue; its object `VENUE` keeps this contract. Nothing here imports
+Used by mdreplay and mdcompare. Each file here gives `VENUES`, objects that keep this contract. Nothing here imports
 `mdcollector.exchanges`: these files are a second, independent reading of the same protocol, so that an error of a
 connector is not repeated by the tool that is to find it. All of it is synchronous and free of I/O.
 """
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -187,17 +188,26 @@ class Venue(ABC):
         """Trades, book changes and quotes of one data frame, with plain `json`."""
 
 
+@cache
+def _venues() -> dict[str, Venue]:
+    found: dict[str, Venue] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for venue in importlib.import_module(f"{__name__}.{module.name}").VENUES:
+            assert isinstance(venue, Venue)
+            found[venue.exchange] = venue
+    return found
+
+
 def venue_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(_venues())
 
 
 def load_venue(name: str) -> Venue:
     """The venue of that name; ValueError tells which exist."""
-    if name not in venue_names():
-        raise ValueError(f"unknown exchange {name!r}; known: {', '.join(venue_names())}")
-    venue = importlib.import_module(f"{__name__}.{name}").VENUE
-    assert isinstance(venue, Venue)
-    return venue
+    try:
+        return _venues()[name]
+    except KeyError:
+        raise ValueError(f"unknown exchange {name!r}; known: {', '.join(venue_names())}") from None
 
 
 def parse(raw: str) -> Any:

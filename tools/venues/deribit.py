@@ -341,4 +341,4 @@ def _made_instrument(name: str) -> Json:
     }
 
 
-VENUE = Deribit()
+VENUES = (Deribit(),)

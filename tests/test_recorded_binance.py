@@ -32,7 +32,7 @@ from mdcollector import OrderBook
 from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
 from mdcollector.exchanges import Options
-from mdcollector.exchanges.binance_spot import BinanceSpot
+from mdcollector.exchanges.binance import BinanceSpot
 from mdcollector.normalize import Report, normalize
 from mdcollector.recording import Entry, RecordingWriter
 

@@ -305,4 +305,4 @@ def _made_symbol(symbol: str) -> Json:
     }
 
 
-VENUE = BinanceSpot()
+VENUES = (BinanceSpot(),)

@@ -215,7 +215,7 @@ class BinanceSpot(Venue):
         super().__init__(emit, options, streams, open_world=open_world)
         self._tickers = {stream.name: stream.ticker for stream in streams}
         self._trade_kinds: dict[str, str] = {}
-        self._requests: dict[int, list[str]] = {}
+        self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
 
     # Planning
@@ -229,8 +229,8 @@ class BinanceSpot(Venue):
         return streams
 
     @classmethod
-    def instruments_path(cls) -> str:
-        return "/api/v3/exchangeInfo"
+    def instruments_paths(cls) -> tuple[str, ...]:
+        return ("/api/v3/exchangeInfo",)
 
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
@@ -246,7 +246,13 @@ class BinanceSpot(Venue):
 
     def opened(self) -> None:
         self._requests.clear()
-        self._request("SUBSCRIBE", [stream.name for stream in self.streams])
+        self.subscribe([stream.name for stream in self.streams])
+
+    def subscribe(self, names: Sequence[str]) -> None:
+        self._request("SUBSCRIBE", names)
+
+    def unsubscribe(self, names: Sequence[str]) -> None:
+        self._request("UNSUBSCRIBE", names)
 
     def closing(self) -> list[str]:
         names = [stream.name for stream in self.streams]
@@ -254,10 +260,10 @@ class BinanceSpot(Venue):
             _control("UNSUBSCRIBE", names[i : i + SUBSCRIBE_CHUNK], 0) for i in range(0, len(names), SUBSCRIBE_CHUNK)
         ]
 
-    def _request(self, method: str, names: list[str]) -> None:
+    def _request(self, method: str, names: Sequence[str]) -> None:
         for i in range(0, len(names), SUBSCRIBE_CHUNK):
             self._request_id += 1
-            self._requests[self._request_id] = names[i : i + SUBSCRIBE_CHUNK]
+            self._requests[self._request_id] = method, list(names[i : i + SUBSCRIBE_CHUNK])
             self.wants.append(Send(_control(method, names[i : i + SUBSCRIBE_CHUNK], self._request_id)))
 
     def unrouted(self, frame: bytes) -> None:
@@ -266,7 +272,7 @@ class BinanceSpot(Venue):
             if envelope.stream == "!serverShutdown":
                 self.wants.append(Reconnect("server_shutdown", overlap=True))
                 return
-            self.take_route(envelope.stream, frame, self._handler(envelope.stream))
+            self.take_route(frame, self._handler(envelope.stream))
         elif envelope.e == "serverShutdown":
             self.wants.append(Reconnect("server_shutdown", overlap=True))
         elif envelope.s and (envelope.e or len(envelope.u)):
@@ -280,17 +286,16 @@ class BinanceSpot(Venue):
             raise FrameError("unhandled_event", envelope.e)
 
     def _reply(self, envelope: _Envelope) -> None:
-        names = self._requests.pop(envelope.id, None) if isinstance(envelope.id, int) else None
+        method, names = self._requests.pop(envelope.id, ("", [])) if isinstance(envelope.id, int) else ("", [])
         if envelope.code is not None or len(envelope.error):
             reason = envelope.msg or bytes(envelope.error).decode(errors="replace")
-            self.refuse(names or [], reason)
-            if names is None:
-                raise FrameError("venue_error", f"{envelope.code} {reason}")
-        elif names is None:
-            if not self.open_world:
-                raise FrameError("unknown_reply")
-        else:
+            if method != "SUBSCRIBE":
+                raise FrameError("venue_error", f"{method}: {envelope.code} {reason}")
+            self.refuse(names, reason)
+        elif method == "SUBSCRIBE":
             self.acknowledge(names, time.time_ns())
+        elif not method and not self.open_world:
+            raise FrameError("unknown_reply")
 
     def _handler(self, name: str) -> Callable[[bytes], None]:
         """What decodes the frames of a stream; FrameError when its instrument or kind is not wanted."""
@@ -428,8 +433,8 @@ class BinanceSpot(Venue):
             self.notes[f"repair of {ticker} refused"] = reason
 
 
-def _control(method: str, names: list[str], request_id: int) -> str:
+def _control(method: str, names: Sequence[str], request_id: int) -> str:
     return msgspec.json.encode({"method": method, "params": names, "id": request_id}).decode()
 
 
-VENUE = BinanceSpot
+VENUES = (BinanceSpot,)
