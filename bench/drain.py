@@ -16,7 +16,7 @@ from bench import endtoend, frames, machine
 from bench.micro import ring_directory
 from bench.processes import child, module, until
 from mdcollector.emit import Emit
-from mdcollector.exchanges import Options, Venue, binance_spot
+from mdcollector.exchanges import Options, Venue, binance
 from mdcollector.writer import Writer
 
 START_S, RUN_S = 30.0, 180.0
@@ -43,9 +43,9 @@ def write(rings: Path, out: Path) -> None:
 def _fill(directory: Path, feed: str, rows: int) -> int:
     """A ring of realistic rows, written by the connector's own way."""
     emit = Emit(
-        directory, "bench", binance_spot.BinanceSpot.EXCHANGE, [feed], capacities={feed: 1 << 20}, semaphore=False
+        directory, "bench", binance.BinanceSpot.EXCHANGE, [feed], capacities={feed: 1 << 20}, semaphore=False
     )
-    venue: Venue = binance_spot.BinanceSpot(emit, Options(), [], open_world=True)
+    venue: Venue = binance.BinanceSpot(emit, Options(), [], open_world=True)
     makers: dict[str, Callable[[int], Any]] = {
         "trades": frames.binance_trades, "bbo": frames.binance_book_tickers, "orderbook_l2": frames.binance_depths,
     }  # fmt: skip

@@ -19,7 +19,7 @@ import orjson
 
 from bench import frames
 from mdcollector.emit import Emit
-from mdcollector.exchanges import Options, Venue, binance_spot, deribit
+from mdcollector.exchanges import Options, Venue, binance, deribit
 from mdcollector.records import TRADES
 from mdcollector.ring import RingReader, RingWriter
 
@@ -170,11 +170,11 @@ def decode(budget_s: float) -> list[dict[str, Any]]:
     """ns per frame: the venue's decoder (numbers become floats, bounds are checked) beside parsers without types."""
     untyped = msgspec.json.Decoder().decode
     cases: list[tuple[str, Callable[[bytes], object], list[bytes]]] = [
-        ("binance trade", binance_spot._decode_trade, list(frames.binance_trades(200))),
-        ("binance bookTicker", binance_spot._decode_book_ticker, list(frames.binance_book_tickers(200))),
-        ("binance depth 2x20", binance_spot._decode_depth, list(frames.binance_depths(200))),
-        ("binance 24h ticker", binance_spot._decode_ticker, [frames.binance_ticker()] * 200),
-        ("binance kline", binance_spot._decode_kline, [frames.binance_kline()] * 200),
+        ("binance trade", binance._decode_trade, list(frames.binance_trades(200))),
+        ("binance bookTicker", binance._decode_book_ticker, list(frames.binance_book_tickers(200))),
+        ("binance depth 2x20", binance._decode_depth, list(frames.binance_depths(200))),
+        ("binance 24h ticker", binance._decode_ticker, [frames.binance_ticker()] * 200),
+        ("binance kline", binance._decode_kline, [frames.binance_kline()] * 200),
         ("deribit trade", deribit._decode_trades, list(frames.deribit_trades(200))),
         ("deribit book 2x20", deribit._decode_book, list(frames.deribit_books(201))[1:]),
         ("deribit quote", deribit._decode_quote, list(frames.deribit_quotes(200))),
@@ -201,10 +201,10 @@ def hot_path(budget_s: float, count: int) -> list[dict[str, Any]]:
     """
     books = list(frames.deribit_books(count // 10))
     cases: list[tuple[str, type[Venue], Any, bytes | None, list[bytes]]] = [
-        ("binance trade", binance_spot.BinanceSpot, binance_spot._decode_trade, None, list(frames.binance_trades(count))),
-        ("binance bookTicker", binance_spot.BinanceSpot, binance_spot._decode_book_ticker, None, list(frames.binance_book_tickers(count))),
-        ("binance depth 2x20", binance_spot.BinanceSpot, binance_spot._decode_depth, frames.binance_snapshot(), list(frames.binance_depths(count // 10))),
-        ("binance 24h ticker", binance_spot.BinanceSpot, binance_spot._decode_ticker, None, [frames.binance_ticker()] * (count // 5)),
+        ("binance trade", binance.BinanceSpot, binance._decode_trade, None, list(frames.binance_trades(count))),
+        ("binance bookTicker", binance.BinanceSpot, binance._decode_book_ticker, None, list(frames.binance_book_tickers(count))),
+        ("binance depth 2x20", binance.BinanceSpot, binance._decode_depth, frames.binance_snapshot(), list(frames.binance_depths(count // 10))),
+        ("binance 24h ticker", binance.BinanceSpot, binance._decode_ticker, None, [frames.binance_ticker()] * (count // 5)),
         ("deribit trade", deribit.Deribit, deribit._decode_trades, None, list(frames.deribit_trades(count // 2))),
         ("deribit book 2x20", deribit.Deribit, deribit._decode_book, None, books),
         ("deribit quote", deribit.Deribit, deribit._decode_quote, None, list(frames.deribit_quotes(count // 2))),
@@ -257,11 +257,11 @@ PASSES = 3
 
 def _recorded(snapshot: bytes, items: list[bytes]) -> dict[str, Any]:
     """Recorded frames differ in size: the mean over all of them, of each chunk the quickest of some passes."""
-    name, decoder, chunk, clock = "binance depth, recorded", binance_spot._decode_depth, 20, time.perf_counter_ns
+    name, decoder, chunk, clock = "binance depth, recorded", binance._decode_depth, 20, time.perf_counter_ns
     first, rest = items[:5], items[5:]
     passes = []
     for _ in range(PASSES):
-        with _live(name, binance_spot.BinanceSpot, snapshot, first) as (emit, venue):
+        with _live(name, binance.BinanceSpot, snapshot, first) as (emit, venue):
             before, times = _rows(emit), []
             for start in range(0, len(rest) - chunk + 1, chunk):
                 part = rest[start : start + chunk]
