@@ -42,9 +42,7 @@ def write(rings: Path, out: Path) -> None:
 
 def _fill(directory: Path, feed: str, rows: int) -> int:
     """A ring of realistic rows, written by the connector's own way."""
-    emit = Emit(
-        directory, "bench", binance.BinanceSpot.EXCHANGE, [feed], capacities={feed: 1 << 20}, semaphore=False
-    )
+    emit = Emit(directory, "bench", binance.BinanceSpot.EXCHANGE, [feed], capacities={feed: 1 << 20}, semaphore=False)
     venue: Venue = binance.BinanceSpot(emit, Options(), [], open_world=True)
     makers: dict[str, Callable[[int], Any]] = {
         "trades": frames.binance_trades, "bbo": frames.binance_book_tickers, "orderbook_l2": frames.binance_depths,

@@ -15,18 +15,31 @@ from typing import Any
 
 import numpy as np
 
+from bench import frames
 from bench.machine import cores, cpu_ns
 from bench.micro import ring_directory
 from bench.processes import Child, child, module, until
 from mdcollector.errors import RingError
 from mdcollector.records import Flag
 from mdcollector.ring import RingReader
+from mdcollector.stats import read_stats
 from mdcollector.tables import Rows
 
 FEED_OF = {"trade": "trades", "aggtrade": "trades", "bookticker": "bbo", "depth": "orderbook_l2"}
 CAPACITY = 1 << 20
 START_S, RUN_S = 30.0, 120.0
 
+STREAMS_FLEET = """
+rings = "{rings}"
+[connectors.bench]
+exchange = "binance_spot"
+tickers = ["S*USDT"]
+feeds = ["trades", "orderbook_l2", "bbo", "tickers"]
+book_depth = 100
+ws_url = "ws://127.0.0.1:{port}"
+rest_url = "http://127.0.0.1:{port}"
+cpu = {cpu}
+"""
 FLEET = """
 rings = "{rings}"
 [connectors.bench]
@@ -126,6 +139,41 @@ def run(kind: str, count: int, rate: float = 0.0, tls: dict[str, str] | None = N
             "messages_per_packet": float(sizes.mean()), "rss_beside_rings_mb": memory / 1e6,
             "visible_ns": percentiles(visible), "visible_first_of_packet_ns": percentiles(_firsts(rows)),
         }  # fmt: skip
+
+
+def streams(rate: float, seconds: float) -> dict[str, Any]:
+    """One connector with 400 streams at a steady rate: its share of a core once all books are live."""
+    count = int(rate * seconds * 2)
+    with ring_directory() as rings, sending("streams", count, rate) as (sender, port):
+        fleet = rings / "fleet.toml"
+        fleet.write_text(STREAMS_FLEET.format(rings=rings, port=port, cpu=cores()[0]))
+        with child(
+            sys.executable, "-m", "mdcollector.cli", "--log-level", "error", "connect", "bench", "-c", str(fleet)
+        ) as connector:
+            until(lambda: _page(rings)["state"] == "connected", START_S, "a connection")
+            until(lambda: all(s["acknowledged_ns"] for s in _page(rings)["streams"].values()), START_S, "all streams")
+            sender.say("go")
+            tickers = len(frames.STREAM_TICKERS)
+            until(lambda: _page(rings)["books"] == tickers and not _page(rings)["books_invalid"], RUN_S, "all books")
+            cpu, frames_before, began = cpu_ns(connector.pid), _page(rings)["packets"], time.monotonic()
+            time.sleep(seconds / 2)  # what is measured is this stretch of time
+            cpu, took = cpu_ns(connector.pid) - cpu, time.monotonic() - began
+            page = _page(rings)
+        gaps = {name: n for name, n in page["counters"].items() if name.startswith(("gap", "refused")) and n}
+        if gaps or page["state"] != "connected":
+            raise AssertionError(f"the run was disturbed: {page['state']}, {gaps}")
+    return {
+        "streams": len(page["streams"]), "messages_per_s": rate, "core_share": cpu / 1e9 / took,
+        "cpu_ns_per_message": cpu / (rate * took), "packets_per_s": (page["packets"] - frames_before) / took,
+        "visible_ns": {name: page["publish_ns"][name] for name in ("p50", "p99")},
+    }  # fmt: skip
+
+
+def _page(rings: Path) -> dict[str, Any]:
+    try:
+        return read_stats(rings / "bench" / "stats")
+    except RingError:
+        return {"state": "", "streams": {"": {"acknowledged_ns": 0}}, "books": 0, "packets": 0}
 
 
 def settle(reader: RingReader) -> None:

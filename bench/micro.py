@@ -19,7 +19,7 @@ import orjson
 
 from bench import frames
 from mdcollector.emit import Emit
-from mdcollector.exchanges import Options, Venue, binance, deribit
+from mdcollector.exchanges import Options, Venue, binance, deribit, venue_class
 from mdcollector.records import TRADES
 from mdcollector.ring import RingReader, RingWriter
 
@@ -200,10 +200,11 @@ def hot_path(budget_s: float, count: int) -> list[dict[str, Any]]:
     Every frame is new: ids go on, books change, rows are written to a ring that wraps.
     """
     books = list(frames.deribit_books(count // 10))
-    cases: list[tuple[str, type[Venue], Any, bytes | None, list[bytes]]] = [
+    snapshot = SNAPSHOT_URL, frames.binance_snapshot()
+    cases: list[tuple[str, type[Venue], Any, Snapshot | None, list[bytes]]] = [
         ("binance trade", binance.BinanceSpot, binance._decode_trade, None, list(frames.binance_trades(count))),
         ("binance bookTicker", binance.BinanceSpot, binance._decode_book_ticker, None, list(frames.binance_book_tickers(count))),
-        ("binance depth 2x20", binance.BinanceSpot, binance._decode_depth, frames.binance_snapshot(), list(frames.binance_depths(count // 10))),
+        ("binance depth 2x20", binance.BinanceSpot, binance._decode_depth, snapshot, list(frames.binance_depths(count // 10))),
         ("binance 24h ticker", binance.BinanceSpot, binance._decode_ticker, None, [frames.binance_ticker()] * (count // 5)),
         ("deribit trade", deribit.Deribit, deribit._decode_trades, None, list(frames.deribit_trades(count // 2))),
         ("deribit book 2x20", deribit.Deribit, deribit._decode_book, None, books),
@@ -214,8 +215,35 @@ def hot_path(budget_s: float, count: int) -> list[dict[str, Any]]:
     return found if recorded is None else [*found, _recorded(*recorded)]
 
 
+def venues(budget_s: float, count: int) -> list[dict[str, Any]]:
+    """ns per frame from payload to rows on every venue, beside parsers without types on the same frames."""
+    untyped, found = msgspec.json.Decoder().decode, []
+    for name, makers in frames.VENUES.items():
+        for what, make, number in zip(("trade", "book 2x20"), makers, (count, count // 10), strict=True):
+            items = list(make(number))
+            url = frames.SNAPSHOT_URLS.get(name) if what != "trade" else None
+            snapshot = (url, frames.binance_snapshot()) if url is not None else None
+            case = f"{name} {what}"
+            row = _hot_case(budget_s, case, venue_class(name), untyped, snapshot, items)
+            with quiet_gc():
+                orjson_ns = again(orjson.loads, items[1:401], 20, budget_s)
+            base = found[len(found) % 2]["total"] if len(found) >= 2 else row["total"]
+            found.append(
+                {
+                    "frame": case, "rows": row["rows"], "msgspec untyped": row["decode"], "orjson": orjson_ns,
+                    "total": row["total"], "to_binance_spot": row["total"] / base,
+                }
+            )  # fmt: skip
+    return found
+
+
+Snapshot = tuple[str, bytes]  # the URL that was asked, and its answer
+
+
 @contextmanager
-def _live(name: str, kind: type[Venue], snapshot: bytes | None, first: Sequence[bytes]) -> Iterator[tuple[Emit, Venue]]:
+def _live(
+    name: str, kind: type[Venue], snapshot: Snapshot | None, first: Sequence[bytes]
+) -> Iterator[tuple[Emit, Venue]]:
     """A venue whose streams are known and whose books are live; fails when it refuses a frame meanwhile."""
     with ring_directory() as path:
         emit = Emit(path, "bench", kind.EXCHANGE, FEEDS, capacities=CAPACITIES, semaphore=False)
@@ -224,7 +252,7 @@ def _live(name: str, kind: type[Venue], snapshot: bytes | None, first: Sequence[
         for item in first:
             venue.decode(item)
         if snapshot is not None:
-            venue.http("http://bench/api/v3/depth?symbol=BTCUSDT", snapshot)
+            venue.http(*snapshot)
         with quiet_gc():
             emit.packet(time.time_ns(), emit.clock())
             yield emit, venue
@@ -240,7 +268,7 @@ def _rows(emit: Emit) -> int:
 
 
 def _hot_case(
-    budget_s: float, name: str, kind: type[Venue], decoder: Any, snapshot: bytes | None, items: list[bytes]
+    budget_s: float, name: str, kind: type[Venue], decoder: Any, snapshot: Snapshot | None, items: list[bytes]
 ) -> dict[str, Any]:
     chunk, rest = 20 if "2x20" in name else 100, items[1:]
     with _live(name, kind, snapshot, items[:1]) as (emit, venue):
@@ -253,6 +281,7 @@ def _hot_case(
 
 
 PASSES = 3
+SNAPSHOT_URL = frames.SNAPSHOT_URLS["binance_spot"]
 
 
 def _recorded(snapshot: bytes, items: list[bytes]) -> dict[str, Any]:
@@ -261,7 +290,7 @@ def _recorded(snapshot: bytes, items: list[bytes]) -> dict[str, Any]:
     first, rest = items[:5], items[5:]
     passes = []
     for _ in range(PASSES):
-        with _live(name, binance.BinanceSpot, snapshot, first) as (emit, venue):
+        with _live(name, binance.BinanceSpot, (SNAPSHOT_URL, snapshot), first) as (emit, venue):
             before, times = _rows(emit), []
             for start in range(0, len(rest) - chunk + 1, chunk):
                 part = rest[start : start + chunk]

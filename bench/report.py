@@ -37,6 +37,12 @@ def targets(results: Results) -> list[dict[str, Any]]:
     for frame, limit in (("binance trade", 1.0), ("binance bookTicker", 1.1), ("binance depth 2x20", 12.0)):
         row = _find(results, "hot_path", frame=frame)
         most(f"payload to rows, {frame}", "us", row and row["total"] / 1e3, limit)
+    for row in results.get("venues", []):
+        limit = 1.5 if row["frame"].endswith("trade") else 14.0
+        most(f"payload to rows, {row['frame']}", "us", row["total"] / 1e3, limit)
+    if streams := results.get("streams"):
+        share = streams["core_share"] * 100
+        most(f"{streams['streams']} streams, {streams['messages_per_s']:,.0f} msg/s: a core's share", "%", share, 40)
     for kind, limit in (("trade", 1.1), ("bookticker", 1.2), ("depth", 12.0)):
         row = _find(results, "end_to_end", kind=kind, mode="burst", tls=False)
         most(f"end to end, CPU of a message, {kind} burst", "us", row and row["cpu_ns"] / 1e3, limit)
@@ -102,6 +108,19 @@ def markdown(results: Results) -> str:
         text.append("## Hot path: payload to visible rows, ns a frame")
         shown = [(r["frame"], f"{r['rows']:.1f}", f"{r['decode']:,.0f}", f"{r['total']:,.0f}", f"{r['ratio']:.2f}") for r in rows]  # fmt: skip
         text.append(_table(("frame", "rows", "decode alone", "decode + checks + book + rows", "ratio"), shown))
+    if rows := results.get("venues"):
+        text.append("## Every venue: payload to visible rows, ns a frame")
+        shown = [(r["frame"], f"{r['rows']:.1f}", *(f"{r[k]:,.0f}" for k in ("msgspec untyped", "orjson", "total")), f"{r['to_binance_spot']:.2f}") for r in rows]  # fmt: skip
+        text.append(
+            _table(("frame", "rows", "msgspec untyped", "orjson", "payload to rows", "times binance_spot"), shown)
+        )
+    if row := results.get("streams"):
+        text.append(
+            f"{row['streams']} streams on one connection at {row['messages_per_s']:,.0f} messages/s: "
+            f"{row['core_share']:.0%} of a core, {row['cpu_ns_per_message']:,.0f} ns a message in "
+            f"{row['packets_per_s']:,.0f} packets/s; visible {row['visible_ns']['p50'] / 1e3:.1f} us p50, "
+            f"{row['visible_ns']['p99'] / 1e3:.1f} us p99."
+        )
     if rows := results.get("end_to_end"):
         text.append("## End to end over loopback")
         shown = [

@@ -31,9 +31,10 @@ SPIN_RATE_MAX = 50_000  # up to here each frame is sent at its own time, by spin
 EXCHANGE_INFO = {
     "symbols": [
         {
-            "symbol": "BTCUSDT", "status": "TRADING", "baseAsset": "BTC", "quoteAsset": "USDT",
+            "symbol": symbol, "status": "TRADING", "baseAsset": symbol.removesuffix("USDT"), "quoteAsset": "USDT",
             "filters": [{"filterType": "PRICE_FILTER", "tickSize": "0.01000000"}],
         }
+        for symbol in ("BTCUSDT", *frames.STREAM_TICKERS)
     ]
 }  # fmt: skip
 
@@ -61,10 +62,11 @@ class Client(WSListener):  # type: ignore[misc]
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         text = frame.get_payload_as_bytes()
-        if b"SUBSCRIBE" in text and not self._subscribed:
-            self._subscribed = True
+        if b"SUBSCRIBE" in text:
             transport.underlying_transport.write(wire(b'{"result":null,"id":%d}' % json.loads(text)["id"]))
-            self._sender.send_first()
+            if not self._subscribed:
+                self._subscribed = True
+                self._sender.send_first()
 
     def pause_writing(self) -> None:
         self._sender.writable.clear()
