@@ -41,6 +41,7 @@ INFINITY = float("inf")
 
 _INVALID, _SNAPSHOT, _RESYNCED = int(Flag.BOOK_INVALID), int(Flag.SNAPSHOT), int(Flag.RESYNCED)
 _REPAIRED, _LAST = int(Flag.REPAIRED), int(Flag.LAST)
+_UNPROVEN = _INVALID | int(Flag.UNPROVEN)
 _BID_CODES, _ASK_CODES = ([level_code(side, action) for action in Action] for side in (BID, ASK))
 _EMPTY_CODE = level_code(UNKNOWN, Action.DELETE)  # a row that is no level
 
@@ -164,8 +165,9 @@ class BookSync:
     """
 
     __slots__ = (
-        "_asks", "_bids", "_cause_id", "_emit", "_follows", "_held", "_held_levels", "_hole", "_old_from", "_old_id",
-        "_old_run", "_stale", "_want_snapshot", "cause", "crossed_since", "instrument", "last_id", "last_time", "state",
+        "_accounted_id", "_asks", "_bids", "_cause_id", "_emit", "_follows", "_held", "_held_levels", "_hole",
+        "_old_from", "_old_id", "_old_run", "_stale", "_unproven_id", "_want_snapshot", "cause", "crossed_since",
+        "instrument", "last_id", "last_time", "state",
     )  # fmt: skip
 
     def __init__(
@@ -186,6 +188,8 @@ class BookSync:
         self.cause = "restart"  # of a hole that begins behind `_cause_id`; of any other one it is "sequence"
         self._cause_id = published_id
         self._hole: tuple[int, int] | None = None  # as the ledger has it; late messages may fill it
+        self._accounted_id = published_id  # while not live: all up to it is published or told as missing
+        self._unproven_id = -1  # the newest that was published without a book
         self._old_run = self._old_from = 0  # old messages since `last_id` was `_old_id`, first id of the first one
         self._old_id = -1
         self.crossed_since = 0
@@ -263,6 +267,7 @@ class BookSync:
 
     def flush(self) -> Iterator[None]:
         """The end: publish what could never be joined to a snapshot, flagged as not proven; a step a message."""
+        self._held = deque(sorted(self._held, key=lambda d: d.last_id))  # what came late is no hole
         while self._held:
             self._publish_unproven()
             yield
@@ -276,6 +281,7 @@ class BookSync:
 
     def _break(self, first_id: int, last_id: int, to_time: int, cause: str, *, fillable: bool) -> None:
         self._hole = (first_id, last_id) if fillable else None
+        self._accounted_id, self._unproven_id = last_id, -1
         self._gap(first_id, last_id, to_time, cause)
         self.state = BROKEN
 
@@ -322,6 +328,9 @@ class BookSync:
 
     def _hold(self, first_id: int, last_id: int, prev_id: int, timestamp: int, bids: Pairs, asks: Pairs) -> None:
         _checked(bids, asks, last_id)
+        if self._held and self._held[-1].last_id == last_id:
+            self._emit.counters["book_duplicate"] += 1
+            return
         if not self._held and self.state is WAITING:
             self._want_snapshot(self)
         emit = self._emit
@@ -333,7 +342,7 @@ class BookSync:
 
     def _try_held(self) -> None:
         """The missing message may have come late: then the held ones follow it and no snapshot is needed."""
-        if self._hole is None or not self._held:
+        if self._hole is None or not self._held or self._unproven_id >= 0:
             return
         follows, newest = self._follows, self._held[-1]
         if follows(self.last_id, newest.first_id, newest.last_id, newest.prev_id) != NEXT:
@@ -361,14 +370,24 @@ class BookSync:
         emit.rcv_us, emit.packet_id = now
 
     def _publish_unproven(self) -> None:
+        """The first of the held messages. It stands in no book, but a hole before it is told as any other one."""
         d, emit = self._held.popleft(), self._emit
         self._held_levels -= len(d.bids) + len(d.asks)
+        if d.last_id == self._unproven_id or (self._hole is not None and d.last_id <= self.last_id):
+            emit.counters["book_duplicate"] += 1
+            return
         now = emit.rcv_us, emit.packet_id
         emit.rcv_us, emit.packet_id = d.rcv_us, d.packet_id
+        reached = self._accounted_id
+        if reached >= 0 and self._follows(reached, d.first_id, d.last_id, d.prev_id) == HOLE:
+            last_missing = d.prev_id if d.prev_id >= 0 else d.first_id - 1
+            cause = self.cause if reached == self._cause_id else "sequence"
+            self._gap(reached + 1, max(last_missing, reached + 1), d.timestamp, cause)
+        self._accounted_id, self._unproven_id = max(reached, d.last_id), d.last_id
         sides = zip((_BID_CODES, _ASK_CODES), (d.bids, d.asks), strict=True)
         codes = b"".join([codes[1 if qty else 2] for codes, pairs in sides for _, qty in pairs])
         values = _checked(d.bids, d.asks, d.last_id)
-        emit.levels(self.instrument, d.timestamp, _INVALID, emit.clock() - emit.t0_ns, values, codes, d.last_id)
+        emit.levels(self.instrument, d.timestamp, _UNPROVEN, emit.clock() - emit.t0_ns, values, codes, d.last_id)
         emit.rcv_us, emit.packet_id = now
 
 

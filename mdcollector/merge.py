@@ -38,7 +38,8 @@ DUE_STEP_US = 10_000  # books that wait are not looked at more often than this
 RING_SHARE = 4  # a checkpoint is due when this part of an own ring was written since the last one
 
 _LAST, _SNAPSHOT, _RESYNCED = int(Flag.LAST), int(Flag.SNAPSHOT), int(Flag.RESYNCED)
-_INVALID, _REPAIRED, _LOCAL = int(Flag.BOOK_INVALID), int(Flag.REPAIRED), int(Flag.TIME_LOCAL)
+_INVALID, _UNPROVEN = int(Flag.BOOK_INVALID), int(Flag.UNPROVEN)
+_REPAIRED, _LOCAL = int(Flag.REPAIRED), int(Flag.TIME_LOCAL)
 _NEW, _UPDATE, _DELETE = int(Action.NEW), int(Action.UPDATE), int(Action.DELETE)
 NEVER = 1 << 62
 _NOT_CONTENT = ("rcv_timestamp", "packet_id", "parse_ns", "publish_ns", "flags", "seq_id")
@@ -658,7 +659,7 @@ class BookMerge(Merge):
                 self.duplicates[leg] += len(item.raw) // _ROW
             elif not 0 <= item.prev <= book.last:
                 break
-            elif item.flags & _INVALID and book.proven and not self._would_cross(book, item.raw):
+            elif item.flags & _UNPROVEN and book.proven:
                 self.counters["unproven_dropped"] += 1  # its leg could not join it to a book; a snapshot follows
             else:
                 self._apply(book, leg, item.id, item.time, item.flags, item.raw, item.rcv, self.clock())
@@ -677,7 +678,7 @@ class BookMerge(Merge):
         self.out.append(raw)
         self.wins[leg] += len(raw) // _ROW
         self._counts.append(len(raw) // _ROW)
-        self._set.append(0 if book.proven else _INVALID)
+        self._set.append(0 if book.proven else _INVALID | _UNPROVEN)
         self._clear.append(0)
 
     def _change(self, book: Book, raw: bytes) -> None:
@@ -719,17 +720,6 @@ class BookMerge(Merge):
                 (book.bids if side == BID else book.asks)[price] = qty
             self._actions.append(action)
         book.last, book.time, book.proven, book.crossed = id_, timestamp, True, False
-
-    def _would_cross(self, book: Book, raw: bytes) -> bool:
-        """A leg flags a message when it crosses the book, or when it could not be joined to one: which of the two."""
-        bids, asks = dict(book.bids), dict(book.asks)
-        for side, _, price, qty in _levels_of(raw):
-            levels = bids if side == BID else asks
-            if qty:
-                levels[price] = qty
-            else:
-                levels.pop(price, None)
-        return bool(bids) and bool(asks) and max(bids) >= min(asks)
 
     # What waits
 
@@ -827,7 +817,7 @@ class BookMerge(Merge):
                     self.ledger.gap("orderbook_l2", ticker, first, last, book.time, timestamp, "snapshot")
                 self._take_snapshot(book, update_id, timestamp, message)
                 continue
-            if flags & _INVALID and book.proven and not self._would_cross(book, message):
+            if flags & _UNPROVEN and book.proven:
                 self._go_on_unproven(book, code, update_id, timestamp)
             self._change(book, message)
             book.last, book.time, book.crossed = update_id, timestamp, bool(flags & _INVALID)

@@ -53,10 +53,11 @@ class Flag(IntFlag):
     LAST = 1  # last row of an exchange message
     SNAPSHOT = 2  # row of a full book
     RESYNCED = 4  # first rows after a resync
-    BOOK_INVALID = 8  # the book behind this row is not proven
+    BOOK_INVALID = 8  # the book behind this row is crossed, or it is not proven (then UNPROVEN is set too)
     REPAIRED = 16  # fetched over REST after it was missed
     REPLAYED = 32  # came from a recording
     TIME_LOCAL = 64  # the exchange gave no time: timestamp is rcv_timestamp
+    UNPROVEN = 128  # row of a book message that could not be joined to a book: one before it is missing
 
 
 BUY, SELL = 1, -1
@@ -168,7 +169,12 @@ ORDERBOOK_L2 = Feed(
     "one row per changed level; a snapshot is a run of NEW rows flagged SNAPSHOT, the last row of a message is flagged LAST",
     (
         Column("side", "i1", "int8", "BID=1, ASK=-1, UNKNOWN=0"),
-        Column("action", "u1", "category", "NEW: the level was not in the book; UPDATE: it was; DELETE: quantity 0"),
+        Column(
+            "action",
+            "u1",
+            "category",
+            "NEW: the level was not in the book; UPDATE: it was, or UNPROVEN: unknown; DELETE: quantity 0",
+        ),
     ),
     (
         Column("price", "f8", "float64", "price of the level"),

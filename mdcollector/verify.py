@@ -442,8 +442,8 @@ class _Verifier:
         seqs: Values,
     ) -> None:
         """Update ids of a ticker only grow between snapshots; a snapshot after a hole has its row in the ledger."""
-        # Messages that could never be joined to a book carry BOOK_INVALID; their ids prove nothing.
-        rows = np.flatnonzero(flags & int(Flag.BOOK_INVALID) == 0)
+        # The ids of messages that could never be joined to a book prove nothing.
+        rows = np.flatnonzero(flags & int(Flag.UNPROVEN) == 0)
         order = rows[np.argsort(codes[rows], kind="stable")]
         of, updates = codes[order], ids[order]
         snapshot = (flags[order] & int(Flag.SNAPSHOT)) != 0

@@ -26,8 +26,8 @@ TICKERS = {
     "binance_spot": ("BTCUSDT", "ETHUSDT", "SOLUSDT"),
     "deribit": ("BTC-PERPETUAL", "ETH-PERPETUAL", "BTC_USDC-PERPETUAL"),
 }
-BOOK_STREAMS = {"binance_spot": "depth@100ms", "deribit": "book."}  # what a fault's stream= must contain
-TRADE_STREAMS = {"binance_spot": "@trade", "deribit": "trades."}
+BOOK_STREAMS = {"binance_spot": "depth@100ms", "deribit": "book."}  # for a fault's stream=
+TRADE_STREAMS = {"binance_spot": "@trade", "deribit": "trades.*"}  # not chart.trades
 ALL_FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
 WITHIN_S = 30.0  # the machine that runs the tests may be slow; no test depends on how fast something is
 POLL_S = 0.02
@@ -116,7 +116,9 @@ class Fleet:
         return self.spawn("write", "parquet", "-c", self.config)
 
     def start(self) -> Self:
-        """A writer and a connector; returns when rows of every feed but candles come in and every book is live."""
+        """A writer and a connector; returns when rows of every feed but candles come in, books are live, and every
+        instrument that was named has traded: what an exchange loses before the first trade of a run leaves no hole.
+        """
         self.writer = self.write()
         self.connector = self.connect()
         self.wait_live()
@@ -134,6 +136,11 @@ class Fleet:
             return False
         books = len(self.tickers) if "orderbook_l2" in self.feeds else 0
         if page["books"] < books or page["books_invalid_count"]:
+            return False
+        traded = {
+            stream["ticker"] for stream in page["streams"].values() if stream["feed"] == "trades" and stream["data_ns"]
+        }
+        if "trades" in self.feeds and not traded >= {ticker for ticker in self.tickers if "*" not in ticker}:
             return False
         return all(page["rings"][feed]["published"] > rows for feed, rows in before.items())
 
@@ -191,6 +198,14 @@ class Fleet:
                  **{key: int(row[key]) for key in keys}}
                 for row, ticker in zip(rows, names, strict=True)
             ]  # fmt: skip
+
+    def best_id(self, ticker: str, name: str = NAME) -> int:
+        """The exchange's id of the newest best prices in the ring, -1 without any."""
+        with RingReader(self.rings / name, "bbo") as ring:
+            ring.seek("oldest")
+            rows = ring.read(ring.capacity)
+            mine = rows["update_id"][ring.names(rows) == ticker]
+            return int(mine[-1]) if len(mine) else -1
 
     def brief(self) -> str:
         page = self.stats()

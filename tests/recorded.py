@@ -23,7 +23,7 @@ import zstandard
 DATA = Path(os.environ.get("MD_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="recorded traffic is not here (MD_DATA)")
 
-LAST, SNAPSHOT, RESYNCED, INVALID, REPLAYED, TIME_LOCAL = 1, 2, 4, 8, 32, 64
+LAST, SNAPSHOT, RESYNCED, INVALID, REPLAYED, TIME_LOCAL, UNPROVEN = 1, 2, 4, 8, 32, 64, 128
 BID, ASK = 1, -1
 
 Json = Any
@@ -166,6 +166,7 @@ class PlainBook:
         self.state = "waiting"
         self.last_id = self.last_time = -1
         self.buffer: list[Delta] = []
+        self.known_id = -1  # in a broken book: published, or in the ledger as missing
 
     def delta(self, first: int, last: int, prev: int, time: int, bids: Any, asks: Any) -> None:
         delta = first, last, prev, time, bids, asks, self.expected.rcv, self.expected.packet
@@ -180,7 +181,7 @@ class PlainBook:
         else:
             missing = prev if prev >= 0 else first - 1
             self.expected.gap("orderbook_l2", self.ticker, self.last_id + 1, missing, self.last_time, time, "sequence")
-            self.state = "broken"
+            self.state, self.known_id = "broken", missing
             self.buffer.append(delta)
 
     def snapshot(self, last_id: int, time: int, bids: Any, asks: Any) -> None:
@@ -210,10 +211,16 @@ class PlainBook:
             self.expected.rcv, self.expected.packet = now
 
     def end(self) -> None:
-        """What was never joined to a snapshot is published as not proven."""
+        """What was never joined to a snapshot is published as not proven; recordings have it in order."""
         for delta in self.buffer:
             self.expected.rcv, self.expected.packet = delta[6:]
-            self._publish(delta, INVALID)
+            first, last, prev, time = delta[:4]
+            if self.known_id >= 0 and self.judge(self.known_id, first, last, prev) == "hole":
+                missing = prev if prev >= 0 else first - 1
+                ids = self.known_id + 1, missing, self.last_time, time
+                self.expected.gap("orderbook_l2", self.ticker, *ids, "sequence")
+            self.known_id = last
+            self._publish(delta, INVALID | UNPROVEN)
 
     def _publish(self, delta: Delta, flags: int) -> None:
         _, last, _, time, bids, asks, _, _ = delta

@@ -731,23 +731,25 @@ def test_a_crossed_book_stays_flagged_and_a_snapshot_puts_it_right(two: Bench) -
     assert not (rows["flags"] & Flag.BOOK_INVALID).any()
 
 
-def test_messages_that_no_leg_could_join_to_a_book_are_not_taken_for_proven(two: Bench) -> None:
+@pytest.mark.parametrize("bid", [92.0, 102.0])  # the second one would cross the book that lacks the message before
+def test_messages_that_no_leg_could_join_to_a_book_are_not_taken_for_proven(two: Bench, bid: float) -> None:
     a, b = (BookLeg(leg, Truth(random.Random(1), 1)) for leg in two.legs)
     a.leg.at(0)
     a.sync.snapshot(10, 0, [(90.0, 1.0)], [(101.0, 1.0)])
     a.sync.delta(11, 11, -1, BASE_US, [(91.0, 1.0)], [])
-    a.sync.delta(13, 13, -1, BASE_US, [(92.0, 1.0)], [])
+    a.sync.delta(13, 13, -1, BASE_US, [(bid, 1.0)], [])
     for _ in a.sync.flush():
         pass
     b.leg.at(1)
-    b.sync.snapshot(12, 0, [(90.0, 1.0), (91.0, 2.0)], [(101.0, 1.0)])
-    b.sync.delta(13, 13, -1, BASE_US, [(92.0, 1.0)], [])
+    b.sync.snapshot(12, 0, [(90.0, 1.0), (91.0, 2.0)], [(105.0, 1.0)])
+    b.sync.delta(13, 13, -1, BASE_US, [(bid, 1.0)], [])
     two.rest(3000)
     rows = two.rows("orderbook_l2")
     assert not (rows["flags"] & Flag.BOOK_INVALID).any()
     book = OrderBook()
     book.apply(rows)
-    assert book.bids == {90.0: 1.0, 91.0: 2.0, 92.0: 1.0}
+    assert book.bids == {90.0: 1.0, 91.0: 2.0, bid: 1.0}
+    assert book.asks == {105.0: 1.0}
     assert two.ledger("orderbook_l2") == {(12, 12): False}
 
 

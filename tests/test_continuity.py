@@ -7,8 +7,10 @@ published must be the truth, and the ledger must be what a plain walk over the d
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,8 +25,8 @@ from mdcollector.records import Exchange, Flag
 
 NOW_NS = 1_796_083_200_000_000_000
 T0 = NOW_NS // 1000
-LAST, SNAPSHOT, RESYNCED, INVALID, REPAIRED = (
-    int(f) for f in (Flag.LAST, Flag.SNAPSHOT, Flag.RESYNCED, Flag.BOOK_INVALID, Flag.REPAIRED)
+LAST, SNAPSHOT, RESYNCED, INVALID, REPAIRED, UNPROVEN = (
+    int(f) for f in (Flag.LAST, Flag.SNAPSHOT, Flag.RESYNCED, Flag.BOOK_INVALID, Flag.REPAIRED, Flag.UNPROVEN)
 )
 CAPACITIES = {"trades": 4096, "orderbook_l2": 16384, "gaps": 4096}
 MANY = settings(
@@ -194,6 +196,11 @@ def test_losses_and_late_snapshots(chained: bool, messages: list[Message], data:
                         assert not taken, "older than what is held: steps 3 and F12"
                         continue
                     newer = []
+                    gaps += [  # what is held is published as not proven, and what is missing in between is told
+                        (a.last + 1, b.first - 1, "sequence", False)
+                        for a, b in pairwise(waiting)
+                        if b.first > a.last + 1
+                    ]
                 assert taken
                 stale = 0
                 applied, waiting = last_id, []
@@ -311,6 +318,59 @@ def test_snapshots_that_never_fit_end_in_doubting_the_held_messages() -> None:
         assert ledger(emit) == [(11, (1 << 60) - 1, "sequence", False)]
         doubted = [row for row in rig.rows() if row["flags"] & INVALID]
         assert [(row["update_id"], row["price"]) for row in doubted] == [(1 << 60, 1.0)]
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("held_max", [continuity.HELD_MESSAGES_MAX, 2])
+@MANY
+@given(messages=truths(12), data=st.data())
+def test_a_book_that_ends_without_a_snapshot(
+    chained: bool, restart: bool, held_max: int, messages: list[Message], data: st.DataObject
+) -> None:
+    """What arrived is in the table once and says what it is; what did not arrive is in the ledger, before the last one.
+
+    `restart`: an earlier life published message 0, this one never gets a snapshot.
+    """
+    ids = [0, *(m.last for m in messages)]
+    messages = [m._replace(bids=m.bids or ((1.0, 1.0),)) for m in messages]  # each one leaves a row
+    begin = 1 if restart else 0
+    delays = [data.draw(st.sampled_from([0, 0, 0, 1.5, 2.5])) for _ in messages]
+    order = [i for i in sorted(range(len(messages)), key=lambda i: i + delays[i]) if i >= begin]
+    copies = {i: data.draw(st.sampled_from([0, 1, 1, 1, 2])) for i in order}
+    with emitter() as emit, mock.patch.object(continuity, "HELD_MESSAGES_MAX", held_max):
+        rig = Rig(emit, chained, published_id=ids[1] if restart else -1)
+        if not restart:
+            assert rig.snapshot(0, ({}, {}))
+        for i in order:
+            for _ in range(copies[i]):
+                rig.delta(messages[i])
+        was = rig.book.state
+        for _ in rig.book.flush():
+            pass
+        rows = [row for row in rig.rows() if not row["flags"] & SNAPSHOT]
+        arrived = [i for i in order if copies[i]]
+        assert sorted(row["update_id"] for row in rows if row["flags"] & LAST) == sorted(
+            messages[i].last for i in arrived
+        )
+        unproven = [row for row in rows if row["flags"] & UNPROVEN]
+        assert all(row["flags"] & INVALID and row["action"] == (2 if row["qty"] else 3) for row in unproven)
+        assert not any(row["flags"] & INVALID for row in rows if not row["flags"] & UNPROVEN)
+        assert bool(unproven) == (bool(arrived) and was != LIVE), "proven to the last one, or not"
+        assert [row["seq_id"] for row in unproven] == [row["seq_id"] for row in rows][len(rows) - len(unproven) :]
+        repaired = {(first, last) for first, last, _, done in ledger(emit) if done}
+        standing = [gap for gap in ledger(emit) if gap[:2] not in repaired]
+        told = {number for first, last, _, _ in standing for number in range(first, last + 1)}
+        lost = {
+            number
+            for i in range(begin, max(arrived, default=0))
+            if i not in arrived
+            for number in range(messages[i].first, messages[i].last + 1)
+        }
+        assert lost <= told
+        if held_max > len(messages) and standing:  # late ones may stand in the first hole, no other one is too large
+            first = set(range(standing[0][0], standing[0][1] + 1))
+            assert told - lost <= (set() if restart else first)
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -13,6 +13,7 @@ from fleet import BOOK_STREAMS, TICKERS, TRADE_STREAMS, Fleet, until
 from mdcollector.budget import Budget
 from mdcollector.connector import WEIGHT_SHARE
 from mdcollector.exchanges.binance import BinanceSpot
+from mdcollector.records import Flag
 
 EXCHANGES = tuple(TICKERS)
 both_venues = pytest.mark.parametrize("exchange", EXCHANGES)
@@ -54,6 +55,41 @@ def test_one_missing_book_event_resyncs_only_that_book(start: Start, exchange: s
     assert gaps[0]["first_id"] <= fault["last"] <= gaps[0]["last_id"]
     snapshots = Counter(row["ticker"] for row in fleet.rows("orderbook_l2") if row["flags"] & 2 and row["flags"] & 1)
     assert snapshots == {hit: 2, **dict.fromkeys(others, 1)}
+
+
+def test_a_fleet_that_stops_while_a_book_is_broken(start: Start) -> None:
+    """No snapshot is to be had, and then the end: what came behind the hole is stored, and said to be in no book.
+
+    Among what is held one more event is missing, and two change places.
+    """
+    fleet = start("binance_spot")
+    hit = fleet.tickers[0]
+
+    def held_behind_a_fault(name: str) -> None:
+        """Let a fault hit the book, and wait until two events behind it have reached the connector."""
+        fleet.sim.fault(name, stream=BOOK_STREAMS["binance_spot"], ticker=hit)
+        nth = len(fleet.sim.state()["faults"]) - 1
+        fleet.sim.wait_state(lambda state: state["faults"][nth]["fired"] == 1, 30)
+        before = len(fleet.sim.ledger().book_events(hit))
+        event = until(lambda: fleet.sim.ledger().book_events(hit)[before + 2 :], f"two events behind {name}")[0]
+        # Best prices come on the same connection, each when it changes: one with a higher id was sent later.
+        until(lambda: fleet.best_id(hit) > event["last"], lambda: f"best prices behind {event}; {fleet.brief()}")
+
+    fleet.sim.fault("ban", seconds=600, status=418)
+    for name in ("drop", "drop", "reorder"):
+        held_behind_a_fault(name)
+    assert fleet.stats()["books_invalid"] == [hit]
+    fleet.stop(fleet.connector, fleet.writer)
+    assert fleet.connector.returncode == fleet.writer.returncode == 0, fleet.tail()
+    proof = fleet.prove()
+    assert proof.ok, str(proof)
+    faults = [fault for fault in fleet.sim.ledger().faults if fault["name"] == "drop"]
+    gaps = [gap for gap in fleet.rows("gaps") if gap["feed"] == "orderbook_l2"]
+    assert [(gap["ticker"], gap["repaired"]) for gap in gaps] == [(hit, False)] * 2, "one for each missing event"
+    assert all(gap["first_id"] <= fault["last"] <= gap["last_id"] for gap, fault in zip(gaps, faults, strict=True))
+    unproven = [row for row in fleet.rows("orderbook_l2") if row["flags"] & Flag.UNPROVEN]
+    assert {row["ticker"] for row in unproven} == {hit}
+    assert len({row["update_id"] for row in unproven}) >= 6
 
 
 @both_venues

@@ -314,11 +314,8 @@ def _holes(lines: list[dict[str, Any]], out: set[int]) -> list[tuple[Any, ...]]:
             runs[-1][1] = last
         else:
             runs.append([first, last])
-    # A broken book has no second hole before its next snapshot, and these recordings have none.
     return sorted(
-        (feed, ticker, first, last, "sequence", False)
-        for (feed, ticker), runs in found.items()
-        for first, last in (runs if feed == "trades" else runs[:1])
+        (feed, ticker, first, last, "sequence", False) for (feed, ticker), runs in found.items() for first, last in runs
     )
 
 

@@ -53,6 +53,7 @@ def test_enum_numbers_are_pinned() -> None:
     assert {a.name: a.value for a in Action} == {"NEW": 1, "UPDATE": 2, "DELETE": 3}
     assert {f.name: f.value for f in Flag} == {
         "LAST": 1, "SNAPSHOT": 2, "RESYNCED": 4, "BOOK_INVALID": 8, "REPAIRED": 16, "REPLAYED": 32, "TIME_LOCAL": 64,
+        "UNPROVEN": 128,
     }  # fmt: skip
 
 

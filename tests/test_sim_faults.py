@@ -97,6 +97,20 @@ def test_no_request_for_a_fault_breaks_the_reader(name: str, keys: dict[str, Any
     assert fault.name == name
 
 
+@pytest.mark.parametrize(
+    ("wanted", "hit", "spared"),
+    [
+        ("trades.", {"trades.A.raw", "chart.trades.A.1"}, {"book.A.raw"}),
+        ("trades.*", {"trades.A.raw"}, {"chart.trades.A.1", "book.A.raw"}),
+        ("", {"trades.A.raw", "chart.trades.A.1", "book.A.raw"}, set()),
+    ],
+)
+def test_which_streams_a_fault_may_hit(wanted: str, hit: set[str], spared: set[str]) -> None:
+    fault = parse(f"drop:stream={wanted}")
+    assert all(fault.wants(stream, "A") for stream in hit)
+    assert not any(fault.wants(stream, "A") for stream in spared)
+
+
 def test_the_help_names_every_fault() -> None:
     assert all(name in help_text() for name in KINDS)
 

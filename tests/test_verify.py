@@ -357,7 +357,9 @@ def test_a_book_that_runs_through_is_proven(tree: Tree) -> None:
     tree.add(
         ORDERBOOK_L2, [*book(10, snapshot=True), *book(11), *book(3, ticker=1, snapshot=True), *book(11, levels=1)]
     )
-    tree.add(ORDERBOOK_L2, [*book(12), *book(4, ticker=1), *book(20, int(Flag.BOOK_INVALID)), *book(13)])
+    tree.add(
+        ORDERBOOK_L2, [*book(12), *book(4, ticker=1), *book(20, int(Flag.BOOK_INVALID | Flag.UNPROVEN)), *book(13)]
+    )
     report = tree.verify()
     assert report.findings == []
     assert [(h.ticker, h.rows, h.first_id, h.last_id) for h in report.hours] == [

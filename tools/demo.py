@@ -40,7 +40,7 @@ FAULTS = {
         "garbage:every=2.5", "truncate:at=8", "disconnect:at=10", "ban:at=10,seconds=2,status=429",
     ),
     "deribit": (
-        "gap:at=5,stream=book", "gap:at=6,stream=trades,n=2", "duplicate:every=3", "garbage:every=3", "close:at=9",
+        "gap:at=5,stream=book", "gap:at=6,stream=trades.*,n=2", "duplicate:every=3", "garbage:every=3", "close:at=9",
     ),
 }  # fmt: skip
 

@@ -5,9 +5,10 @@ dictionaries, the tables are read with pyarrow, and every rule is written here a
 
     trades      every trade between the first and the last recorded one of a ticker is there once and equal, or an
                 unrepaired row of `gaps` names its id; no trade that the exchange did not make
-    books       a book rebuilt from the rows equals the exchange's after every message (where the row does not say
-                BOOK_INVALID), every row says truly what it did to the book, and every depth event is there once, is
-                named by `gaps`, or lies before the snapshot that ended the hole
+    books       a book rebuilt from the rows equals the exchange's after every message, is crossed exactly where rows
+                say BOOK_INVALID, every row says truly what it did to the book, and every depth event is there once, is
+                named by `gaps`, or lies before the snapshot that ended the hole. Only rows flagged UNPROVEN stand in
+                no book: they are the exchange's, and nothing but a snapshot or the end follows them
     bbo, tickers, candles
                 rows are the exchange's, in its order; a missing one lies in the time of a hole that `gaps` records
     rings       tables have the very rows of the rings, seq_ids without a hole up to what was published
@@ -32,7 +33,7 @@ from tools.sim.server import venues
 DIFFERENCES_MAX = 100  # kept in words; all of them are counted
 LATE_US = 1_000_000  # the simulator's stamps may be so much older than the moment it really sent
 DATA_FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
-LAST, SNAPSHOT, BOOK_INVALID, TIME_LOCAL = 1, 2, 8, 64
+LAST, SNAPSHOT, BOOK_INVALID, TIME_LOCAL, UNPROVEN = 1, 2, 8, 64, 128
 
 Row = dict[str, Any]
 Levels = dict[float, float]
@@ -280,6 +281,7 @@ class _Comparison:
         mine = _Rebuilt(self.snapshot_levels)
         holes = self._holes_of(connector)
         applied = -1
+        unproven: list[int] = []  # ids of messages since the book was last proven
         for message in _messages(rows):
             update_id, flags = message[0]["update_id"], message[0]["flags"]
             where = f"{ticker} update {update_id} (seq_id {message[0]['seq_id']})"
@@ -288,7 +290,7 @@ class _Comparison:
             if flags & SNAPSHOT:
                 self._skipped(ticker, holes, events, lasts, applied, update_id)
                 mine.load(message)
-                applied = update_id
+                applied, unproven = update_id, []
                 number = bisect_right(lasts, update_id) - 1
                 if (number >= 0 and lasts[number] == update_id) or update_id == books.first:
                     self._compare(where, mine, books.at(number))
@@ -300,29 +302,35 @@ class _Comparison:
                 self.proof.differ("orderbook_l2", f"{where}: the exchange published no such event")
                 continue
             event = events[number]
-            if flags & BOOK_INVALID and mine.stays_uncrossed(message):
-                continue  # published as not proven, after what was held could not be joined to a snapshot
-            if update_id <= applied:
+            if update_id <= applied or update_id in unproven:
                 self.proof.differ("orderbook_l2", f"{where}: is there twice or comes after {applied}")
                 continue
-            self._skipped(ticker, holes, events, lasts, applied, event["first"] - 1 if number else applied)
-            self._levels(where, message, event, mine)
+            before = max([applied, *unproven])
+            self._skipped(ticker, holes, events, lasts, before, event["first"] - 1 if number else before)
+            self._levels(where, message, event, None if flags & UNPROVEN else mine)
             if message[0]["timestamp"] != self._time(event["t"]):
                 self.proof.differ(
                     "orderbook_l2", f"{where}: timestamp {message[0]['timestamp']} instead of {event['t']}"
                 )
-            applied = update_id
-            if flags & BOOK_INVALID:
-                bids, asks = books.at(number)
-                if not (bids and asks and max(bids) >= min(asks)):
-                    self.proof.differ("orderbook_l2", f"{where}: flagged invalid, but the book is not crossed")
+            if flags & UNPROVEN:
+                unproven.append(update_id)
+                if not flags & BOOK_INVALID:
+                    self.proof.differ("orderbook_l2", f"{where}: not proven, but not flagged invalid")
                 continue
-            self._compare(where, mine, books.at(number))
-        if self.to_end and applied >= 0 and lasts and applied < lasts[-1]:
-            self._skipped(ticker, holes, events, lasts, applied, lasts[-1])
+            if unproven:
+                self.proof.differ("orderbook_l2", f"{where}: said to be proven behind {unproven[-1]}, which is not")
+            applied = update_id
+            bids, asks = books.at(number)
+            crossed = bool(bids and asks and max(bids) >= min(asks))
+            if crossed != bool(flags & BOOK_INVALID):
+                says, is_ = ("", "not ") if flags & BOOK_INVALID else ("not ", "")
+                self.proof.differ("orderbook_l2", f"{where}: {says}flagged invalid, but the book is {is_}crossed")
+            self._compare(where, mine, (bids, asks))
+        if self.to_end and lasts:
+            self._skipped(ticker, holes, events, lasts, max([applied, *unproven]), lasts[-1])
 
-    def _levels(self, where: str, message: list[Row], event: Mapping[str, Any], mine: "_Rebuilt") -> None:
-        """The rows of a message are the event's levels, and say truly what each one did to the book."""
+    def _levels(self, where: str, message: list[Row], event: Mapping[str, Any], mine: "_Rebuilt | None") -> None:
+        """The rows of a message are the event's levels, and say truly what each one did to the book, if it has one."""
         expected = Counter(
             (side, float(price), float(qty))
             for side, levels in ((1, event["bids"]), (-1, event["asks"]))
@@ -335,7 +343,8 @@ class _Comparison:
                 "orderbook_l2", f"{where}: levels missing {list(gone)[:3]}, not the exchange's {list(extra)[:3]}"
             )
         for row in message:
-            if (true := mine.apply(row)) != row["action"]:
+            true = mine.apply(row) if mine is not None else "UPDATE" if row["qty"] else "DELETE"
+            if true != row["action"]:
                 self.proof.differ("orderbook_l2", f"{where}: price {row['price']} says {row['action']}, it is {true}")
 
     def _skipped(
@@ -570,17 +579,6 @@ class _Rebuilt:
         for side, levels in self.sides.items():
             if self._whole_below and len(levels) >= self._whole_below:
                 self._horizon[side] = min(levels) if side == 1 else max(levels)
-
-    def stays_uncrossed(self, message: Sequence[Row]) -> bool:
-        """Whether the book is not crossed with these rows: what is then flagged invalid was published without a book."""
-        bids, asks = dict(self.sides[1]), dict(self.sides[-1])
-        for row in message:
-            side = bids if row["side"] == 1 else asks
-            if row["qty"]:
-                side[row["price"]] = row["qty"]
-            else:
-                side.pop(row["price"], None)
-        return not (bids and asks and max(bids) >= min(asks))
 
     def apply(self, row: Row) -> str:
         """Apply a level; what it did."""

@@ -6,6 +6,7 @@ Used by `server.py`, which carries out what is decided here. Names no venue and 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from random import Random
 from typing import Any
 
@@ -62,7 +63,7 @@ COMMON = {
     "rate": "probability per message or request",
     "count": "hits in all",
     "seconds": "how long a window lasts",
-    "stream": "only streams whose name contains this",
+    "stream": "only streams whose name contains this; with a * in it, whose whole name it matches",
     "ticker": "only this ticker",
     "conn": "only the connection of this number",
     "agent": "only clients whose User-Agent contains this",
@@ -111,7 +112,9 @@ class Fault:
 
     def wants(self, stream: str = "", ticker: str = "") -> bool:
         """Whether a stream and ticker are ones that this fault may hit."""
-        return self.text("stream") in stream and self.keys.get("ticker", ticker) == ticker
+        wanted = self.text("stream")
+        matches = fnmatchcase(stream, wanted) if "*" in wanted else wanted in stream
+        return matches and self.keys.get("ticker", ticker) == ticker
 
     def wants_conn(self, conn: int, agent: str) -> bool:
         """Whether a connection is one that this fault may hit."""
