@@ -232,6 +232,7 @@ class Connector:
 
         leg = await open_leg(self._ws_url + self.venue.ws_path(), make, self._tls)
         self.emit.counters["connections"] += 1
+        self.emit.connection_opened()
         for stream in self.venue.proof.values():
             stream.requested_ns = time.time_ns()
         self.venue.opened()

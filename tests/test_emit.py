@@ -1,9 +1,11 @@
 """The emitter, byte by byte: rows are built here from the documented layout and compared with what lies in the ring."""
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdcollector import emit as emit_module
-from mdcollector.emit import Emit, level_code
+from mdcollector.emit import BEGINNING_S, Emit, level_code
 from mdcollector.errors import FrameError, RingError
 from mdcollector.records import FEEDS, Exchange
 from mdcollector.ring import RingReader
@@ -99,6 +101,47 @@ def values(*pairs: tuple[float, float]) -> np.ndarray[Any, Any]:
 
 def test_record_sizes_are_the_documented_ones() -> None:
     assert {name: feed.dtype.itemsize for name, feed in FEEDS.items()} == SIZES
+
+
+def test_what_a_connection_begins_with_is_not_published_twice(tmp_path: Path) -> None:
+    """Only the newest of each instrument, only when it is the same to the last bit, and not for ever."""
+
+    def tell(emit: Emit, ticker: str, time: int, bid: float) -> None:
+        emit.bbo(emit.instrument(ticker), time, bid, 1.0, float("nan"), 0.0)
+        emit.ticker(emit.instrument(ticker), time, last=bid, mark_price=2.0)
+
+    def stored() -> list[tuple[str, int, float]]:
+        found = []
+        for feed, column in (("bbo", "bid_price"), ("tickers", "last")):
+            rows = made.emit.rings[feed].recent_rows(0)
+            names = [made.emit.rings[feed].tickers[code] for code in rows["ticker"]]
+            found.append(list(zip(names, rows["timestamp"].tolist(), rows[column].tolist(), strict=True)))
+        assert found[0] == found[1]
+        return found[0]
+
+    made = Made(tmp_path)
+    made.emit.instrument("not yet traded")
+    first = [("A", 5, 1.0), ("B", 5, 1.0), ("A", 6, 2.0)]
+    for event in first:
+        tell(made.emit, *event)
+    made.emit.close()
+    made = Made(tmp_path)  # the next life finds them in its rings
+    tell(made.emit, "A", 6, 2.0)
+    assert stored() == [*first, ("A", 6, 2.0)], "no connection has begun"
+    made.emit.connection_opened()
+    for event in [("A", 6, 2.0), ("B", 5, 1.0), ("C", 5, 1.0)]:
+        tell(made.emit, *event)
+    assert stored()[4:] == [("C", 5, 1.0)]
+    assert made.emit.counters["told_again"] == 4
+    news = [("A", 5, 1.0), ("A", 7, 2.0), ("B", 5, 3.0)]  # an older one, a later one, one with another number
+    for event in news:
+        tell(made.emit, *event)
+    assert stored()[5:] == news
+    with mock.patch("mdcollector.emit.time.monotonic", return_value=time.monotonic() + BEGINNING_S + 1):
+        made.emit.tick()
+    tell(made.emit, "B", 5, 1.0)
+    assert stored()[8:] == [("B", 5, 1.0)]
+    made.emit.close()
 
 
 # Each method, bit by bit

@@ -65,6 +65,19 @@ def test_raw_over_a_rollover(start: Start) -> None:
     assert not proof.gaps, str(proof)
 
 
+def test_a_rollover_while_nothing_happens(start: Start) -> None:
+    """The second connection begins with tickers that the first one brought long ago: they are not stored again."""
+    fleet = start(env=ENV, sim=ACCEPTED, lifetime_s=4.0)
+    fleet.sim.pause()
+    fleet.wait_counter("rollovers", fleet.counter("rollovers") + 2)
+    until(lambda: fleet.counter("told_again") >= len(fleet.tickers), lambda: f"all tickers again; {fleet.brief()}")
+    fleet.sim.resume()
+    fleet.wait_more("tickers", 20)
+    proof = fleet.finish(book_stream="raw")
+    assert proof.ok, str(proof)
+    assert not proof.gaps, str(proof)
+
+
 def test_a_token_is_refreshed_before_it_expires(start: Start) -> None:
     """F9. Raw channels end with the token; none of the refreshes may come too late."""
     fleet = start(env=ENV, sim=(*ACCEPTED, "--limit", "token_s=2"))
