@@ -1,7 +1,10 @@
 """Budgets: what a venue allows one IP address, shared by all connectors of this machine through a small locked file.
 
 A token bucket each for request weight and for new connections. `block` closes it for everybody until the time a venue
-named (429, 418). Used by `transport.py` and `connector.py`; the file holds three numbers and is locked for microseconds.
+named (429, 418). Used by `transport.py` and `connector.py`; the file holds a few numbers and is locked for microseconds.
+
+Time is counted since the machine started, sleep included: all processes share that clock and nobody sets it, while a
+step of the wall clock would end a ban early. A ban that outlasts a restart of the machine is taken up by wall clock.
 """
 
 import asyncio
@@ -12,7 +15,10 @@ import struct
 import time
 from pathlib import Path
 
-_STATE = struct.Struct("<ddd")  # tokens left, time of that count, blocked until (s since the epoch)
+# Which start of the machine; tokens left, time of that count, blocked until (s since then); that again since the epoch.
+_STATE = struct.Struct("<16sdddd")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BLOCK_MOST_S = 4 * 86_400.0  # the longest ban any venue speaks of is three days
 BURST = 0.25  # of what is allowed within a window may go at once; the rest comes evenly while the window lasts
 WAIT_MOST_S = 5.0  # one sleep at most: somebody else may block or free the bucket meanwhile
 
@@ -23,11 +29,12 @@ class Budget:
     def __init__(self, path: Path, allowed: float, per_s: float) -> None:
         self.path, self.capacity = path, allowed * BURST
         self._per_token_s = per_s / (allowed - self.capacity)
+        self._boot = bytes.fromhex(_BOOT_ID.read_text(encoding="ascii").strip().replace("-", ""))
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
 
     def take(self, cost: float) -> float:
         """Take `cost` tokens (at most a full bucket) if they are there; else the seconds to wait before asking again."""
-        cost, now = min(cost, self.capacity), time.time()
+        cost, now = min(cost, self.capacity), _now()
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -35,18 +42,18 @@ class Budget:
             wait_s = max(blocked_until - now, (cost - tokens) * self._per_token_s)
             if wait_s <= 0:
                 tokens -= cost
-            os.pwrite(fd, _STATE.pack(tokens, now, blocked_until), 0)
+            self._store(fd, tokens, now, blocked_until)
         finally:
             os.close(fd)
         return max(0.0, wait_s)
 
     def block(self, seconds: float) -> None:
         """Let nobody take anything for so long."""
-        fd, now = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), time.time()
+        fd, now = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), _now()
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             tokens, blocked_until = self._state(fd, now)
-            os.pwrite(fd, _STATE.pack(min(tokens, 0.0), now, max(blocked_until, now + seconds)), 0)
+            self._store(fd, min(tokens, 0.0), now, max(blocked_until, now + seconds))
         finally:
             os.close(fd)
 
@@ -55,12 +62,28 @@ class Budget:
         while wait_s := self.take(cost):  # noqa: ASYNC110 (other processes change the file; no event tells)
             await asyncio.sleep(min(wait_s, WAIT_MOST_S))
 
+    def _store(self, fd: int, tokens: float, now: float, blocked_until: float) -> None:
+        os.ftruncate(fd, _STATE.size)
+        os.pwrite(fd, _STATE.pack(self._boot, tokens, now, blocked_until, time.time() + blocked_until - now), 0)
+
     def _state(self, fd: int, now: float) -> tuple[float, float]:
-        """Tokens by now and the end of a block; a file that makes no sense, or a clock set back, starts over."""
-        raw = os.pread(fd, _STATE.size, 0)
-        if len(raw) < _STATE.size:
+        """Tokens by now and the end of a block; without tokens where the file makes no sense, or is of an earlier start
+        of the machine.
+        """
+        raw = os.pread(fd, _STATE.size + 1, 0)
+        if not raw:
             return self.capacity, 0.0
-        tokens, at, blocked_until = _STATE.unpack(raw)
-        if not (math.isfinite(tokens) and math.isfinite(blocked_until) and tokens <= self.capacity and at <= now + 1):
-            return 0.0, blocked_until if math.isfinite(blocked_until) and blocked_until < now + 86400 * 4 else 0.0
-        return min(self.capacity, tokens + max(0.0, now - at) / self._per_token_s), blocked_until
+        if len(raw) != _STATE.size:
+            return 0.0, 0.0
+        boot, tokens, at, blocked_until, blocked_until_wall = _STATE.unpack(raw)
+        if boot != self._boot:
+            tokens, blocked_until = math.nan, now + blocked_until_wall - time.time()
+        if not now < blocked_until < now + BLOCK_MOST_S:
+            blocked_until = 0.0
+        if not (tokens <= self.capacity and at <= now):  # NaN is neither
+            return 0.0, blocked_until
+        return min(self.capacity, tokens + (now - at) / self._per_token_s), blocked_until
+
+
+def _now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
