@@ -331,6 +331,48 @@ def arbitrate(name: str, config_path: Path) -> None:
 
 @main.command()
 @CONFIG
+@click.option("--listen", default="", help="HOST:PORT instead of the fleet file's [127.0.0.1:9464]; port 0 = any.")
+@click.option("--rules", is_flag=True, help="Print the alerts as rules for Prometheus, and end.")
+def monitor(config_path: Path, listen: str, rules: bool) -> None:
+    """Watch a fleet: serve /metrics and /health, write metrics.csv, send alerts (section [monitor] of the fleet file).
+
+    \b
+    mdcollector monitor -c fleet.toml
+    curl -s 127.0.0.1:9464/health
+    mdcollector monitor -c fleet.toml --rules > mdcollector.rules.yml
+    """
+    import asyncio
+    import signal as signals
+
+    from mdcollector import config
+    from mdcollector import monitor as watching
+    from mdcollector.alerts import Messenger
+
+    fleet = config.load(config_path)
+    if rules:
+        click.echo(watching.rules(), nl=False)
+        return
+    settings = fleet.monitor
+    if listen:
+        settings.listen = listen
+        config.check_monitor("--listen", settings)
+    messenger = Messenger(
+        webhook_url=settings.webhook_url, telegram_chat=settings.telegram_chat, telegram_url=settings.telegram_url,
+        telegram_token=config.telegram_token(settings),
+    )  # fmt: skip
+    disks = [Path(writer.out) for writer in fleet.writers.values() if "://" not in writer.out]
+
+    async def run() -> None:
+        it = watching.Monitor(Path(fleet.rings), settings, [disk for disk in disks if disk.exists()], messenger)
+        for number in (signals.SIGTERM, signals.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, it.stop.set)
+        await it.run()
+
+    asyncio.run(run())
+
+
+@main.command()
+@CONFIG
 @click.option("--offline", is_flag=True, help="Do not ask the venues for their instruments; patterns stay as they are.")
 @JSON
 def check(config_path: Path, offline: bool, as_json: bool) -> None:
@@ -371,7 +413,7 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
 @click.pass_context
 def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_json: bool) -> None:
     """Show what every process of a fleet says of itself. Exit code 1 when something is not well."""
-    from mdcollector import config, supervisor
+    from mdcollector import config, health, supervisor
 
     if rings is None:
         named = os.environ.get("MDCOLLECTOR_RINGS")
@@ -379,7 +421,7 @@ def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_
     if not rings.is_dir():
         raise ConfigError(f"{rings}: no such directory of rings; name one with --rings or -c")
     found = supervisor.status(rings)
-    problems = found["problems"] + _unwell(found)
+    problems = [str(finding) for finding in health.judge(found)]
     if not (found["connectors"] or found["arbiters"] or found["writers"]):
         problems.append(f"{rings}: no process has ever written here")
     if as_json:
@@ -387,43 +429,6 @@ def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_
     else:
         _print_status(found, problems)
     ctx.exit(EXIT_FINDINGS if problems else EXIT_DONE)
-
-
-STALE_PAGE_S = 5.0
-
-
-def _unwell(found: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, connector in found["connectors"].items():
-        if connector["state"] == "stopped":
-            continue
-        if connector["age_s"] > STALE_PAGE_S:
-            problems.append(f"{name}: silent for {connector['age_s']:.0f} s: dead or hanging")
-        elif connector["state"] != "connected":
-            problems.append(f"{name}: {connector['state']}; {connector['last_error'] or 'no error yet'}")
-        if connector["books_invalid_count"]:
-            problems.append(f"{name}: {connector['books_invalid_count']} books are not proven at the moment")
-        problems += [f"{name}: {stream}: {s['refused']}" for stream, s in connector["streams"].items() if s["refused"]]
-    for name, arbiter in found["arbiters"].items():
-        if arbiter["state"] == "stopped":
-            continue
-        if arbiter["age_s"] > STALE_PAGE_S:
-            problems.append(f"{name}: silent for {arbiter['age_s']:.0f} s: dead or hanging")
-        problems += [f"{name}: leg {leg} is dead" for leg, numbers in arbiter["legs"].items() if not numbers["alive"]]
-        if arbiter["books_unproven"]:
-            problems.append(f"{name}: {arbiter['books_unproven']} books are not proven at the moment")
-    for name, writer in found["writers"].items():
-        if writer.get("state") != "stopped" and writer["age_s"] > STALE_PAGE_S:
-            problems.append(f"{name}: silent for {writer['age_s']:.0f} s: dead or hanging")
-        problems += [
-            f"{name}: {s} is behind by more than half of its ring" for s, n in writer["streams"].items() if n["behind"]
-        ]
-        problems += [f"{name}: {count} errors {kind}" for kind, count in writer["errors"].items()]
-        problems += [f"{name}: {path}: {why}" for path, why in writer["refused"].items()]
-    for name, process in ((found["supervisor"] or {}).get("processes") or {}).items():
-        if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
-            problems.append(f"{name}: not running, it cannot run as it is configured (see its log)")
-    return problems
 
 
 def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
