@@ -373,6 +373,40 @@ def monitor(config_path: Path, listen: str, rules: bool) -> None:
 
 @main.command()
 @CONFIG
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="/etc/systemd/system, or anywhere."
+)
+@click.option("--program", default="", help="How the units start it [this interpreter -m mdcollector].")
+def units(config_path: Path, out: Path, program: str) -> None:
+    """Write systemd units for every process of a fleet file, with its CPUs and directories.
+
+    \b
+    mdcollector units -c fleet.toml --out /etc/systemd/system
+    systemctl daemon-reload && systemctl enable --now mdcollector.target
+    """
+    import shlex
+
+    from mdcollector import config, supervisor
+    from mdcollector.units import units as make
+
+    fleet = config.load(config_path)
+    connections = {}
+    for name, settings in fleet.connectors.items():
+        where = f"{config_path}: connectors.{name}"
+        planned = supervisor.plan(where, name, settings, supervisor.resolve(where, settings))
+        connections[name] = [connection.name for connection in planned]
+    for file, text in make(config_path, fleet, connections, shlex.split(program)).items():
+        path = out / file
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+        click.echo(str(path))
+
+
+@main.command()
+@CONFIG
 @click.option("--offline", is_flag=True, help="Do not ask the venues for their instruments; patterns stay as they are.")
 @JSON
 def check(config_path: Path, offline: bool, as_json: bool) -> None:
@@ -404,22 +438,22 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
     click.echo(f"{config_path}: good, {len(planned)} connections, {len(fleet.writers)} writers")
 
 
-@main.command()
-@click.option(
+MAYBE_CONFIG = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), help="Fleet file (TOML)."
 )
-@click.option("--rings", type=click.Path(path_type=Path, file_okay=False), help="Directory of the rings.")
+RINGS = click.option("--rings", type=click.Path(path_type=Path, file_okay=False), help="Directory of the rings.")
+
+
+@main.command()
+@MAYBE_CONFIG
+@RINGS
 @JSON
 @click.pass_context
 def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_json: bool) -> None:
     """Show what every process of a fleet says of itself. Exit code 1 when something is not well."""
-    from mdcollector import config, health, supervisor
+    from mdcollector import health, supervisor
 
-    if rings is None:
-        named = os.environ.get("MDCOLLECTOR_RINGS")
-        rings = Path(config.load(config_path).rings) if config_path else Path(named) if named else config.DEFAULT_RINGS
-    if not rings.is_dir():
-        raise ConfigError(f"{rings}: no such directory of rings; name one with --rings or -c")
+    rings = _rings(config_path, rings)
     found = supervisor.status(rings)
     problems = [str(finding) for finding in health.judge(found)]
     if not (found["connectors"] or found["arbiters"] or found["writers"]):
@@ -429,6 +463,33 @@ def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_
     else:
         _print_status(found, problems)
     ctx.exit(EXIT_FINDINGS if problems else EXIT_DONE)
+
+
+@main.command()
+@MAYBE_CONFIG
+@RINGS
+def top(config_path: Path | None, rings: Path | None) -> None:
+    """Watch a fleet in the terminal: rates, latencies, gaps, books, lag, CPU and memory of every process.
+
+    Keys: s sorts by the next column, r turns the order, Enter shows all about a process, Escape closes it, q ends.
+    """
+    try:
+        from mdcollector.top import Top
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"needs Textual ({error}): pip install 'mdcollector[top]'") from error
+    Top(_rings(config_path, rings)).run()
+
+
+def _rings(config_path: Path | None, rings: Path | None) -> Path:
+    """The directory of rings that is meant: named, of the fleet file, of the environment, or the default one."""
+    from mdcollector import config
+
+    if rings is None:
+        named = os.environ.get("MDCOLLECTOR_RINGS")
+        rings = Path(config.load(config_path).rings) if config_path else Path(named) if named else config.DEFAULT_RINGS
+    if not rings.is_dir():
+        raise ConfigError(f"{rings}: no such directory of rings; name one with --rings or -c")
+    return rings
 
 
 def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from mdcollector.config import MonitorConfig
 from mdcollector.errors import ConfigError
 from mdcollector.health import DISK_FREE_LEAST, DOWN, KINDS, Finding, judge, state_of
 from mdcollector.records import FEEDS, GAPS, TRADES
-from mdcollector.stats import HISTOGRAM_BOUNDS_NS
+from mdcollector.stats import HISTOGRAM_BOUNDS_NS, notify_alive
 from mdcollector.supervisor import status
 
 log = logging.getLogger(__name__)
@@ -447,6 +447,7 @@ class Monitor:
             while not self.stop.is_set():
                 began = time.monotonic()
                 view = await asyncio.to_thread(self.look)
+                notify_alive()
                 if notice := self._alerts.update(view.findings, time.monotonic()):
                     self._messenger.tell(notice)
                 try:
