@@ -467,6 +467,33 @@ def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_
 
 @main.command()
 @MAYBE_CONFIG
+@click.option("--offline", is_flag=True, help="Do not ask the venues.")
+@JSON
+@click.pass_context
+def doctor(ctx: click.Context, config_path: Path | None, offline: bool, as_json: bool) -> None:
+    """Look whether this machine is fit for a fleet; each finding says what to do. Exit code 1 when something is bad."""
+    import msgspec
+
+    from mdcollector import config
+    from mdcollector.doctor import BAD, GOOD, HINT, Verdict, examine, worst
+
+    fleet = config.load(config_path) if config_path is not None else None
+    colours = {GOOD: "green", HINT: "yellow", BAD: "bold red"}
+    console, verdicts = _console(), list[Verdict]()
+    for verdict in examine(fleet, offline=offline):
+        verdicts.append(verdict)
+        if not as_json:
+            console.print(f"[{colours[verdict.verdict]}]{verdict.verdict:4}[/] ", end="")
+            console.print(f"{verdict.what}: {verdict.found}", markup=False, highlight=False)
+            if verdict.advice:
+                console.print(f"       {verdict.advice}", markup=False, highlight=False, style="dim")
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(verdicts)))
+    ctx.exit(EXIT_FINDINGS if worst(verdicts) == BAD else EXIT_DONE)
+
+
+@main.command()
+@MAYBE_CONFIG
 @RINGS
 def top(config_path: Path | None, rings: Path | None) -> None:
     """Watch a fleet in the terminal: rates, latencies, gaps, books, lag, CPU and memory of every process.
