@@ -448,8 +448,9 @@ RINGS = click.option("--rings", type=click.Path(path_type=Path, file_okay=False)
 @MAYBE_CONFIG
 @RINGS
 @JSON
+@click.option("--quiet", is_flag=True, help="Print problems only (for health checks).")
 @click.pass_context
-def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_json: bool) -> None:
+def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_json: bool, quiet: bool) -> None:
     """Show what every process of a fleet says of itself. Exit code 1 when something is not well."""
     from mdcollector import health, supervisor
 
@@ -460,6 +461,9 @@ def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_
         problems.append(f"{rings}: no process has ever written here")
     if as_json:
         click.echo(json.dumps({**found, "problems": problems}))
+    elif quiet:
+        for problem in problems:
+            click.echo(problem)
     else:
         _print_status(found, problems)
     ctx.exit(EXIT_FINDINGS if problems else EXIT_DONE)
