@@ -212,6 +212,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
     from mdcollector.supervisor import Supervisor, balance
 
     fleet = config.load(config_path)
+    logs.identify("supervisor")
     supervisor = Supervisor(config_path, fleet, log_args)
     stop = stop_signal()
     next_line = time.monotonic() + PROGRESS_EVERY_S
@@ -272,6 +273,7 @@ def connect(name: str, config_path: Path, resolved: Path | None) -> None:
     from mdcollector.connector import run_connector
 
     fleet = config.load(config_path)
+    logs.identify(name)
     planned, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
     run_connector(planned.name, settings, Path(fleet.rings), planned.streams)
 
@@ -292,6 +294,7 @@ def write(ctx: click.Context, name: str, config_path: Path, as_json: bool) -> No
     if name not in fleet.writers:
         raise ConfigError(f"{config_path}: no writer {name!r}; there are {', '.join(fleet.writers) or 'none'}")
     settings = fleet.writers[name]
+    logs.identify(name)
     pin(settings.cpu)
     report = Writer(
         Path(fleet.rings), Path(settings.out), name=name, connectors=settings.connectors, feeds=settings.feeds,
@@ -321,6 +324,7 @@ def arbitrate(name: str, config_path: Path) -> None:
     leg = settings.legs[0]
     connector = fleet.connectors.get(leg) or fleet.connectors[leg.rpartition(".")[0]]
     exchange = venue_class(connector.exchange).EXCHANGE
+    logs.identify(name)
     pin(settings.cpu)
     stop = stop_signal()
     Arbiter(
@@ -352,6 +356,7 @@ def monitor(config_path: Path, listen: str, rules: bool) -> None:
     if rules:
         click.echo(watching.rules(), nl=False)
         return
+    logs.identify("monitor")
     settings = fleet.monitor
     if listen:
         settings.listen = listen

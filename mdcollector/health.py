@@ -14,7 +14,6 @@ from mdcollector.errors import EXIT_CONFIG
 
 OK, DEGRADED, DOWN = "ok", "degraded", "down"  # of a process or a fleet; each is worse than the one before
 PAGE_STALE_S = 5.0  # a process publishes its page some times a second; one that is silent for so long is dead or hangs
-RESTARTS_MANY = 3  # starts of one process between two looks that are no accident any more
 HOLES_MANY = 50  # holes between two looks: more than single lost messages, and each costs a snapshot
 DISK_FREE_LEAST = 0.05  # share of the disk below which writers will soon stop
 CLOCK_OFFSET_MOST_S = 0.5
@@ -44,7 +43,8 @@ KINDS: dict[str, Kind] = {
     "rows_lost": Kind(DEGRADED, 0, "rows were overwritten before a writer read them", "make the ring larger or give the writer a core of its own"),
     "writer_error": Kind(DEGRADED, 0, "a writer cannot write", "look at the disk: rows wait in the ring for as long as it has room"),
     "file_refused": Kind(DEGRADED, 0, "a ring or stored file is unusable", "look at the file: it is damaged, foreign or of another version"),
-    "restarting": Kind(DEGRADED, 0, "a process is started again and again", "look at its log"),
+    "restarted": Kind(DEGRADED, 0, "a process ended and was started again", "look at its log; what it had published is not lost"),
+    "reconnected": Kind(DEGRADED, 0, "a connection was lost and made again", "what was missed is in the table gaps; often: look at the network"),
     "disk_low": Kind(DEGRADED, 0, "a disk is nearly full", "free space; writers back off and rows stay in the rings meanwhile"),
     "clock_offset": Kind(DEGRADED, 60, "the clock of this machine and the venue's differ", "start chrony or ntpd"),
 }  # fmt: skip
@@ -125,8 +125,15 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
             yield Finding("stream_refused", name, f"{stream}: {numbers['refused']}")
     if before is not None:
         resyncs = _holes(page) - _holes(_same_life(page, before))
+        lost = _counted(page, "disconnected", "stale") - _counted(_same_life(page, before), "disconnected", "stale")
+        if lost > 0:
+            yield Finding("reconnected", name, f"lost its connection {lost} times lately; {page['last_error']}")
         if resyncs > HOLES_MANY:
             yield Finding("holes", name, f"{resyncs} holes in the sequence of books and trades")
+
+
+def _counted(page: Page, *names: str) -> int:
+    return sum(page.get("counters", {}).get(name, 0) for name in names)
 
 
 def _holes(page: Page) -> int:
@@ -167,7 +174,6 @@ def _supervised(page: Page, before: Page | None) -> Iterator[Finding]:
         if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
             yield Finding("gave_up", name, "not running, it cannot run as it is configured (see its log)")
         starts = process["starts"] - earlier.get(name, {}).get("starts", process["starts"])
-        if starts >= RESTARTS_MANY:
-            yield Finding(
-                "restarting", name, f"started {starts} times lately, the last time after exit {process['last_exit']}"
-            )
+        if starts > 0:
+            text = f"started again {starts} times lately, last after exit {process['last_exit']}"
+            yield Finding("restarted", name, text)
