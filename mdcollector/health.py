@@ -72,19 +72,18 @@ def judge(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> 
     `supervisor.status`; without one, when it ever happened in the life of the process.
     """
     now_ns = time.time_ns()
-    before = before or {"connectors": {}, "arbiters": {}, "writers": {}, "supervisor": None}
     findings = [Finding("file_refused", "rings", problem) for problem in found["problems"]]
     for name, page in found["connectors"].items():
         if page["state"] != "stopped":
-            findings += _connector(name, page, before["connectors"].get(name), now_ns)
+            findings += _connector(name, page, _earlier(before, "connectors", name), now_ns)
     for name, page in found["arbiters"].items():
         if page["state"] != "stopped":
             findings += _arbiter(name, page)
     for name, page in found["writers"].items():
         if page.get("state") != "stopped":
             findings += _silent(name, page)
-        findings += _writer(name, page, before["writers"].get(name))
-    findings += _supervised(found["supervisor"] or {}, before["supervisor"])
+        findings += _writer(name, page, _earlier(before, "writers", name))
+    findings += _supervised(found["supervisor"] or {}, before["supervisor"] if before is not None else None)
     return findings
 
 
@@ -102,9 +101,14 @@ def _silent(name: str, page: "Page") -> Iterator[Finding]:
 Page = Mapping[str, Any]
 
 
+def _earlier(before: Page | None, role: str, name: str) -> Page | None:
+    """The earlier page of a process; an empty one when it was not there yet, None when nobody looked."""
+    return None if before is None else before[role].get(name, {})
+
+
 def _same_life(page: Page, before: Page | None) -> Page:
     """The earlier page if the same process wrote it: the counters of another one began at zero."""
-    return before if before is not None and before["pid"] == page["pid"] else {}
+    return before if before is not None and before.get("pid") == page["pid"] else {}
 
 
 def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Iterator[Finding]:

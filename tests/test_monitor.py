@@ -181,6 +181,8 @@ def test_what_is_counted_is_found_when_it_grows() -> None:
     assert [f.text for f in judge(after, before)] == ["c/trades: 3 rows were overwritten before they were read"]
     other_life = fleet_of(writer={**drain(lapped=8), "pid": 3})
     assert [f.text for f in judge(other_life, before)] == ["c/trades: 8 rows were overwritten before they were read"]
+    fresh = fleet_of(page(counters={"disconnected": 1}))
+    assert [f.kind for f in judge(fresh, fleet_of())] == ["reconnected"], "also of a process that was not there before"
     holes = [fleet_of(page(counters={"gap_trades_sequence": n})) for n in (10, 500)]
     assert [f.kind for f in judge(holes[1], holes[0])] == ["holes"]
 
