@@ -212,6 +212,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
     from mdcollector.supervisor import Supervisor, balance
 
     fleet = config.load(config_path)
+    logs.identify("supervisor")
     supervisor = Supervisor(config_path, fleet, log_args)
     stop = stop_signal()
     next_line = time.monotonic() + PROGRESS_EVERY_S
@@ -272,6 +273,7 @@ def connect(name: str, config_path: Path, resolved: Path | None) -> None:
     from mdcollector.connector import run_connector
 
     fleet = config.load(config_path)
+    logs.identify(name)
     planned, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
     run_connector(planned.name, settings, Path(fleet.rings), planned.streams)
 
@@ -292,6 +294,7 @@ def write(ctx: click.Context, name: str, config_path: Path, as_json: bool) -> No
     if name not in fleet.writers:
         raise ConfigError(f"{config_path}: no writer {name!r}; there are {', '.join(fleet.writers) or 'none'}")
     settings = fleet.writers[name]
+    logs.identify(name)
     pin(settings.cpu)
     report = Writer(
         Path(fleet.rings), Path(settings.out), name=name, connectors=settings.connectors, feeds=settings.feeds,
@@ -321,12 +324,90 @@ def arbitrate(name: str, config_path: Path) -> None:
     leg = settings.legs[0]
     connector = fleet.connectors.get(leg) or fleet.connectors[leg.rpartition(".")[0]]
     exchange = venue_class(connector.exchange).EXCHANGE
+    logs.identify(name)
     pin(settings.cpu)
     stop = stop_signal()
     Arbiter(
         Path(fleet.rings), name, exchange=(exchange.name, int(exchange)), legs=settings.legs, feeds=settings.feeds,
         capacity=settings.capacity, wait_s=settings.wait_ms / 1000,
     ).run(stop.is_set)  # fmt: skip
+
+
+@main.command()
+@CONFIG
+@click.option("--listen", default="", help="HOST:PORT instead of the fleet file's [127.0.0.1:9464]; port 0 = any.")
+@click.option("--rules", is_flag=True, help="Print the alerts as rules for Prometheus, and end.")
+def monitor(config_path: Path, listen: str, rules: bool) -> None:
+    """Watch a fleet: serve /metrics and /health, write metrics.csv, send alerts (section [monitor] of the fleet file).
+
+    \b
+    mdcollector monitor -c fleet.toml
+    curl -s 127.0.0.1:9464/health
+    mdcollector monitor -c fleet.toml --rules > mdcollector.rules.yml
+    """
+    import asyncio
+    import signal as signals
+
+    from mdcollector import config
+    from mdcollector import monitor as watching
+    from mdcollector.alerts import Messenger
+
+    fleet = config.load(config_path)
+    if rules:
+        click.echo(watching.rules(), nl=False)
+        return
+    logs.identify("monitor")
+    settings = fleet.monitor
+    if listen:
+        settings.listen = listen
+        config.check_monitor("--listen", settings)
+    messenger = Messenger(
+        webhook_url=settings.webhook_url, telegram_chat=settings.telegram_chat, telegram_url=settings.telegram_url,
+        telegram_token=config.telegram_token(settings),
+    )  # fmt: skip
+    disks = [Path(writer.out) for writer in fleet.writers.values() if "://" not in writer.out]
+
+    async def run() -> None:
+        it = watching.Monitor(Path(fleet.rings), settings, [disk for disk in disks if disk.exists()], messenger)
+        for number in (signals.SIGTERM, signals.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, it.stop.set)
+        await it.run()
+
+    asyncio.run(run())
+
+
+@main.command()
+@CONFIG
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="/etc/systemd/system, or anywhere."
+)
+@click.option("--program", default="", help="How the units start it [this interpreter -m mdcollector].")
+def units(config_path: Path, out: Path, program: str) -> None:
+    """Write systemd units for every process of a fleet file, with its CPUs and directories.
+
+    \b
+    mdcollector units -c fleet.toml --out /etc/systemd/system
+    systemctl daemon-reload && systemctl enable --now mdcollector.target
+    """
+    import shlex
+
+    from mdcollector import config, supervisor
+    from mdcollector.units import units as make
+
+    fleet = config.load(config_path)
+    connections = {}
+    for name, settings in fleet.connectors.items():
+        where = f"{config_path}: connectors.{name}"
+        planned = supervisor.plan(where, name, settings, supervisor.resolve(where, settings))
+        connections[name] = [connection.name for connection in planned]
+    for file, text in make(config_path, fleet, connections, shlex.split(program)).items():
+        path = out / file
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+        click.echo(str(path))
 
 
 @main.command()
@@ -362,68 +443,89 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
     click.echo(f"{config_path}: good, {len(planned)} connections, {len(fleet.writers)} writers")
 
 
-@main.command()
-@click.option(
+MAYBE_CONFIG = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), help="Fleet file (TOML)."
 )
-@click.option("--rings", type=click.Path(path_type=Path, file_okay=False), help="Directory of the rings.")
+RINGS = click.option("--rings", type=click.Path(path_type=Path, file_okay=False), help="Directory of the rings.")
+
+
+@main.command()
+@MAYBE_CONFIG
+@RINGS
+@JSON
+@click.option("--quiet", is_flag=True, help="Print problems only (for health checks).")
+@click.pass_context
+def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show what every process of a fleet says of itself. Exit code 1 when something is not well."""
+    from mdcollector import health, supervisor
+
+    rings = _rings(config_path, rings)
+    found = supervisor.status(rings)
+    problems = [str(finding) for finding in health.judge(found)]
+    if not (found["connectors"] or found["arbiters"] or found["writers"]):
+        problems.append(f"{rings}: no process has ever written here")
+    if as_json:
+        click.echo(json.dumps({**found, "problems": problems}))
+    elif quiet:
+        for problem in problems:
+            click.echo(problem)
+    else:
+        _print_status(found, problems)
+    ctx.exit(EXIT_FINDINGS if problems else EXIT_DONE)
+
+
+@main.command()
+@MAYBE_CONFIG
+@click.option("--offline", is_flag=True, help="Do not ask the venues.")
 @JSON
 @click.pass_context
-def status(ctx: click.Context, config_path: Path | None, rings: Path | None, as_json: bool) -> None:
-    """Show what every process of a fleet says of itself. Exit code 1 when something is not well."""
-    from mdcollector import config, supervisor
+def doctor(ctx: click.Context, config_path: Path | None, offline: bool, as_json: bool) -> None:
+    """Look whether this machine is fit for a fleet; each finding says what to do. Exit code 1 when something is bad."""
+    import msgspec
+
+    from mdcollector import config
+    from mdcollector.doctor import BAD, GOOD, HINT, Verdict, examine, worst
+
+    fleet = config.load(config_path) if config_path is not None else None
+    colours = {GOOD: "green", HINT: "yellow", BAD: "bold red"}
+    console, verdicts = _console(), list[Verdict]()
+    for verdict in examine(fleet, offline=offline):
+        verdicts.append(verdict)
+        if not as_json:
+            console.print(f"[{colours[verdict.verdict]}]{verdict.verdict:4}[/] ", end="")
+            console.print(f"{verdict.what}: {verdict.found}", markup=False, highlight=False)
+            if verdict.advice:
+                console.print(f"       {verdict.advice}", markup=False, highlight=False, style="dim")
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(verdicts)))
+    ctx.exit(EXIT_FINDINGS if worst(verdicts) == BAD else EXIT_DONE)
+
+
+@main.command()
+@MAYBE_CONFIG
+@RINGS
+def top(config_path: Path | None, rings: Path | None) -> None:
+    """Watch a fleet in the terminal: rates, latencies, gaps, books, lag, CPU and memory of every process.
+
+    Keys: s sorts by the next column, r turns the order, Enter shows all about a process, Escape closes it, q ends.
+    """
+    try:
+        from mdcollector.top import Top
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"needs Textual ({error}): pip install 'mdcollector[top]'") from error
+    Top(_rings(config_path, rings)).run()
+
+
+def _rings(config_path: Path | None, rings: Path | None) -> Path:
+    """The directory of rings that is meant: named, of the fleet file, of the environment, or the default one."""
+    from mdcollector import config
 
     if rings is None:
         named = os.environ.get("MDCOLLECTOR_RINGS")
         rings = Path(config.load(config_path).rings) if config_path else Path(named) if named else config.DEFAULT_RINGS
     if not rings.is_dir():
         raise ConfigError(f"{rings}: no such directory of rings; name one with --rings or -c")
-    found = supervisor.status(rings)
-    problems = found["problems"] + _unwell(found)
-    if not (found["connectors"] or found["arbiters"] or found["writers"]):
-        problems.append(f"{rings}: no process has ever written here")
-    if as_json:
-        click.echo(json.dumps({**found, "problems": problems}))
-    else:
-        _print_status(found, problems)
-    ctx.exit(EXIT_FINDINGS if problems else EXIT_DONE)
-
-
-STALE_PAGE_S = 5.0
-
-
-def _unwell(found: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, connector in found["connectors"].items():
-        if connector["state"] == "stopped":
-            continue
-        if connector["age_s"] > STALE_PAGE_S:
-            problems.append(f"{name}: silent for {connector['age_s']:.0f} s: dead or hanging")
-        elif connector["state"] != "connected":
-            problems.append(f"{name}: {connector['state']}; {connector['last_error'] or 'no error yet'}")
-        if connector["books_invalid_count"]:
-            problems.append(f"{name}: {connector['books_invalid_count']} books are not proven at the moment")
-        problems += [f"{name}: {stream}: {s['refused']}" for stream, s in connector["streams"].items() if s["refused"]]
-    for name, arbiter in found["arbiters"].items():
-        if arbiter["state"] == "stopped":
-            continue
-        if arbiter["age_s"] > STALE_PAGE_S:
-            problems.append(f"{name}: silent for {arbiter['age_s']:.0f} s: dead or hanging")
-        problems += [f"{name}: leg {leg} is dead" for leg, numbers in arbiter["legs"].items() if not numbers["alive"]]
-        if arbiter["books_unproven"]:
-            problems.append(f"{name}: {arbiter['books_unproven']} books are not proven at the moment")
-    for name, writer in found["writers"].items():
-        if writer.get("state") != "stopped" and writer["age_s"] > STALE_PAGE_S:
-            problems.append(f"{name}: silent for {writer['age_s']:.0f} s: dead or hanging")
-        problems += [
-            f"{name}: {s} is behind by more than half of its ring" for s, n in writer["streams"].items() if n["behind"]
-        ]
-        problems += [f"{name}: {count} errors {kind}" for kind, count in writer["errors"].items()]
-        problems += [f"{name}: {path}: {why}" for path, why in writer["refused"].items()]
-    for name, process in ((found["supervisor"] or {}).get("processes") or {}).items():
-        if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
-            problems.append(f"{name}: not running, it cannot run as it is configured (see its log)")
-    return problems
+    return rings
 
 
 def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:

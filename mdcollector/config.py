@@ -71,6 +71,19 @@ class WriterConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     roll_s: float = 60.0
 
 
+class MonitorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`[monitor]`: what `mdcollector monitor` serves, writes and tells. Secrets come from a file or the environment."""
+
+    listen: str = "127.0.0.1:9464"  # HOST:PORT of /metrics and /health; port 0 = any
+    csv: str = ""  # metrics.csv, a line per connector and second; "" = none
+    group_s: float = 10.0  # what happens within it is told at once
+    cooldown_s: float = 3600.0  # the same is not told again before
+    webhook_url: str = ""  # gets each notice as JSON
+    telegram_chat: str = ""  # chat id; the bot's token is in telegram_token_file or MDCOLLECTOR_TELEGRAM_TOKEN
+    telegram_token_file: str = ""
+    telegram_url: str = "https://api.telegram.org"
+
+
 class FleetConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """The whole file."""
 
@@ -78,9 +91,10 @@ class FleetConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     connectors: dict[str, ConnectorConfig] = msgspec.field(default_factory=dict)
     arbiters: dict[str, ArbiterConfig] = msgspec.field(default_factory=dict)
     writers: dict[str, WriterConfig] = msgspec.field(default_factory=dict)
+    monitor: MonitorConfig = msgspec.field(default_factory=MonitorConfig)
 
 
-Section = TypeVar("Section", ConnectorConfig, ArbiterConfig, WriterConfig)
+Section = TypeVar("Section", ConnectorConfig, ArbiterConfig, WriterConfig, MonitorConfig)
 
 
 def load(path: Path) -> FleetConfig:
@@ -115,7 +129,47 @@ def load(path: Path) -> FleetConfig:
         _check_range(f"{where}.roll_s", writer.roll_s, 0.1, 86_400)
         if "://" not in writer.out:
             writer.out = str(path.parent / writer.out)
+    fleet.monitor = _section(f"{path}: monitor", raw.get("monitor", {}), MonitorConfig)
+    check_monitor(f"{path}: monitor", fleet.monitor)
+    fleet.monitor.csv = _below(path, fleet.monitor.csv)
+    fleet.monitor.telegram_token_file = _below(path, fleet.monitor.telegram_token_file)
     return fleet
+
+
+def check_monitor(where: str, monitor: MonitorConfig) -> None:
+    host, _, port = monitor.listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ConfigError(f"{where}.listen = {monitor.listen!r}: expected HOST:PORT")
+    for key, value in (("webhook_url", monitor.webhook_url), ("telegram_url", monitor.telegram_url)):
+        if value and not (value.startswith(("http://", "https://")) and _host(value)):
+            raise ConfigError(f"{where}.{key} = {value!r}: expected http:// or https:// and a host")
+    _check_range(f"{where}.group_s", monitor.group_s, 0, 3600)
+    _check_range(f"{where}.cooldown_s", monitor.cooldown_s, 0, 7 * 86_400)
+
+
+def telegram_token(monitor: MonitorConfig) -> str:
+    """The token of the bot; "" when no chat is configured. ConfigError, never with the token in it, when it lacks."""
+    if not monitor.telegram_chat:
+        return ""
+    if not monitor.telegram_token_file:
+        token = os.environ.get("MDCOLLECTOR_TELEGRAM_TOKEN", "")
+    else:
+        token = _secret(Path(monitor.telegram_token_file))
+    if not token.strip():
+        raise ConfigError("monitor.telegram_chat: needs telegram_token_file or MDCOLLECTOR_TELEGRAM_TOKEN")
+    return token.strip()
+
+
+def _secret(path: Path) -> str:
+    """The text of a file that only its owner can read. ConfigError, never with a part of it."""
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="utf-8")[:SECRET_BYTES_MAX]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: credentials cannot be read: {type(error).__name__}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{path}: credentials are open to others (mode {mode & 0o777:o}); allowed is 600")
+    return text
 
 
 def _below(path: Path, name: str) -> str:
@@ -131,17 +185,21 @@ def _sections(path: Path, raw: Mapping[str, Any], kind: str, shape: type[Section
         where = f"{path}: {kind}.{name}"
         if not NAME.fullmatch(name):
             raise ConfigError(f"{where}: a name has letters, digits, '_', '.', '-' and begins with a letter or digit")
-        if not isinstance(table, dict):
-            raise ConfigError(f"{where} = {table!r}: expected a table [{kind}.{name}]")
-        for key in table:
-            if key not in shape.__struct_fields__:
-                allowed = ", ".join(shape.__struct_fields__)
-                raise ConfigError(f"{where}.{key} = {table[key]!r}: unknown key; allowed are {allowed}")
-        try:
-            sections[name] = msgspec.convert(table, shape)
-        except msgspec.ValidationError as error:
-            raise ConfigError(_explain(where, table, error)) from error
+        sections[name] = _section(where, table, shape)
     return sections
+
+
+def _section(where: str, table: Any, shape: type[Section]) -> Section:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} = {table!r}: expected a table [{where.rpartition(': ')[2]}]")
+    for key in table:
+        if key not in shape.__struct_fields__:
+            allowed = ", ".join(shape.__struct_fields__)
+            raise ConfigError(f"{where}.{key} = {table[key]!r}: unknown key; allowed are {allowed}")
+    try:
+        return msgspec.convert(table, shape)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(where, table, error)) from error
 
 
 def _explain(where: str, table: Mapping[str, Any], error: msgspec.ValidationError) -> str:
@@ -252,13 +310,7 @@ def credentials(exchange: str, names: Sequence[str], file: str) -> dict[str, str
         return {}
     if file:
         path = Path(file)
-        try:
-            mode = path.stat().st_mode
-            text = path.read_text(encoding="utf-8")[:SECRET_BYTES_MAX]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: credentials cannot be read: {type(error).__name__}") from None
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise ConfigError(f"{path}: credentials are open to others (mode {mode & 0o777:o}); allowed is 600")
+        text = _secret(path)
         try:
             found = tomllib.loads(text)
         except tomllib.TOMLDecodeError:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from mdcollector import config
+from mdcollector import config, logs
 from mdcollector.budget import Budget
 from mdcollector.config import ConnectorConfig
 from mdcollector.continuity import LIVE
@@ -114,6 +114,7 @@ class Connector:
         brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
         feeds = [feed for feed in settings.feeds if feed in brought]
         self.emit = Emit(rings, name, kind.EXCHANGE, feeds, capacities=settings.capacity)
+        logs.identify(name, self.emit.epoch)
         self.venue = kind(self.emit, venue_options(settings, kind), streams)
         self.venue.resume()
         self.stop = asyncio.Event()

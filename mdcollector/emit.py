@@ -112,7 +112,9 @@ class Emit:
         self._code = int(exchange)
         self._base_flags = int(Flag.REPLAYED) if replayed else 0
         sizes = {**CAPACITIES, **(capacities or {})}
-        epoch = time.time_ns() // 1_000_000 if epoch is None else epoch  # one life, one epoch for all its rings
+        self.epoch = epoch = (
+            time.time_ns() // 1_000_000 if epoch is None else epoch
+        )  # one life, one epoch for all rings
         self.rings: dict[str, RingWriter] = {}
         try:
             for feed in (*feeds, GAPS.name):

@@ -5,8 +5,10 @@ without a lock: two slots are written in turn, each with its length and CRC, and
 Holds counters (since the process started), latency histograms, the state of streams and samples of refused frames.
 """
 
+import contextlib
 import mmap
 import os
+import socket
 import struct
 import time
 import zlib
@@ -70,6 +72,18 @@ class StatsWriter:
         _SLOT_HEAD.pack_into(self._map, at, self._number, len(text), zlib.crc32(text))
         self._map[at + _SLOT_HEAD.size : at + _SLOT_HEAD.size + len(text)] = text
         _HEAD.pack_into(self._map, 0, _MAGIC, self._number)
+        notify_alive()
+
+
+def notify_alive() -> None:
+    """Tell systemd, where it started this process and asked for it, that it is up and its loop goes round (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    behind = contextlib.suppress(BlockingIOError)  # systemd has not read the last ones: the next one will do
+    with socket.socket(socket.AF_UNIX, kind) as sender, behind:
+        sender.sendto(b"READY=1\nWATCHDOG=1", "\0" + address[1:] if address[0] == "@" else address)
 
 
 def read_stats(path: Path) -> dict[str, Any]:

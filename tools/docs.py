@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documentation: what stands between `<!-- generated: NAME -->` marks.
+"""Writes what is generated: files made of the code, and parts of the documentation between `<!-- generated: NAME -->` marks.
 
 Run by `make schema`; `--check` (part of `make check`) only says whether they are current.
 """
@@ -10,8 +10,10 @@ from pathlib import Path
 import click
 
 from mdcollector.exchanges import venue_class, venue_names
+from mdcollector.monitor import rules
 from mdcollector.records import DATA_FEEDS
 from mdcollector.tables import schema_markdown
+from tools.dashboards import fleet_dashboard
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "ARCHITECTURE.md")
@@ -28,6 +30,10 @@ def venues_markdown() -> str:
 
 
 PARTS = {"schema": schema_markdown, "venues": venues_markdown}
+FILES = {
+    "docker/prometheus/mdcollector.rules.yml": rules,
+    "docker/grafana/dashboards/mdcollector.json": fleet_dashboard,
+}
 
 
 def fill(text: str) -> str:
@@ -38,15 +44,16 @@ def fill(text: str) -> str:
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; exit code 1 when a page is not current.")
 def main(check: bool) -> None:
-    """Make the generated parts of README.md and ARCHITECTURE.md anew."""
+    """Make generated files and the generated parts of README.md and ARCHITECTURE.md anew."""
     stale = []
-    for name in PAGES:
-        page = ROOT / name
-        text = page.read_text(encoding="utf-8")
-        if (new := fill(text)) != text:
+    wanted = {name: fill((ROOT / name).read_text(encoding="utf-8")) for name in PAGES}
+    wanted |= {name: make() for name, make in FILES.items()}
+    for name, text in wanted.items():
+        path = ROOT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)
             if not check:
-                page.write_text(new, encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     for name in stale:
         click.echo(f"{name}: generated parts " + ("are not current, run: make schema" if check else "written"))
     sys.exit(1 if check and stale else 0)

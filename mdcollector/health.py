@@ -1,0 +1,183 @@
+"""Health: what is not well in a fleet, judged from what its processes say of themselves. One set of rules for everybody.
+
+`supervisor.status` gathers the numbers; `judge` turns them into findings. `mdcollector status` prints them, the monitor
+answers `/health` with them and sends alerts about them, and the Prometheus alert rules are made of the same kinds.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from mdcollector.errors import EXIT_CONFIG
+
+OK, DEGRADED, DOWN = "ok", "degraded", "down"  # of a process or a fleet; each is worse than the one before
+PAGE_STALE_S = 5.0  # a process publishes its page some times a second; one that is silent for so long is dead or hangs
+HOLES_MANY = 50  # holes between two looks: more than single lost messages, and each costs a snapshot
+DISK_FREE_LEAST = 0.05  # share of the disk below which writers will soon stop
+CLOCK_OFFSET_MOST_S = 0.5
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """One kind of finding: what it means for a process, how long it may last before somebody is told, what to do."""
+
+    state: str
+    for_s: float
+    meaning: str
+    advice: str
+
+
+KINDS: dict[str, Kind] = {
+    "dead": Kind(DOWN, 0, "the process is dead or hangs", "look at its log; it is restarted by its supervisor"),
+    "gave_up": Kind(DOWN, 0, "the process cannot run as it is configured", "run mdcollector check; its log says what is wrong"),
+    "disconnected": Kind(DOWN, 30, "the connector is not connected", "look at last_error; check the network and the venue's status page"),
+    "banned": Kind(DEGRADED, 0, "the venue told this address to wait", "find what else asks the venue from this address"),
+    "stale": Kind(DEGRADED, 60, "no row came for long on an open connection", "compare with the venue's web page; the connector reconnects by itself"),
+    "book_invalid": Kind(DEGRADED, 30, "books are not proven", "wait for the resync; look at fetches waiting and the venue's weight"),
+    "stream_refused": Kind(DEGRADED, 0, "the venue refused a subscription", "the instrument may be delisted, or the key lacks a right"),
+    "stream_silent": Kind(DEGRADED, 0, "an acknowledged stream does not deliver", "it is subscribed anew by itself; if it lasts, the venue changed"),
+    "holes": Kind(DEGRADED, 0, "many holes in books or trades", "a storm of resyncs: look at the network and at CPU use"),
+    "leg_dead": Kind(DEGRADED, 30, "an arbiter has lost a leg", "start the leg again: until then nothing fills holes of the other one"),
+    "writer_behind": Kind(DEGRADED, 0, "a writer is behind by more than half a ring", "look at disk and CPU: when the ring is full rows are lost"),
+    "rows_lost": Kind(DEGRADED, 0, "rows were overwritten before a writer read them", "make the ring larger or give the writer a core of its own"),
+    "writer_error": Kind(DEGRADED, 0, "a writer cannot write", "look at the disk: rows wait in the ring for as long as it has room"),
+    "file_refused": Kind(DEGRADED, 0, "a ring or stored file is unusable", "look at the file: it is damaged, foreign or of another version"),
+    "restarted": Kind(DEGRADED, 0, "a process ended and was started again", "look at its log; what it had published is not lost"),
+    "reconnected": Kind(DEGRADED, 0, "a connection was lost and made again", "what was missed is in the table gaps; often: look at the network"),
+    "disk_low": Kind(DEGRADED, 0, "a disk is nearly full", "free space; writers back off and rows stay in the rings meanwhile"),
+    "clock_offset": Kind(DEGRADED, 60, "the clock of this machine and the venue's differ", "start chrony or ntpd"),
+}  # fmt: skip
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that is not well: `kind` of KINDS, `process` that has it, and words for people."""
+
+    kind: str
+    process: str
+    text: str
+
+    @property
+    def state(self) -> str:
+        return KINDS[self.kind].state
+
+    def __str__(self) -> str:
+        return f"{self.process}: {self.text}"
+
+
+def judge(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[Finding]:
+    """All findings in what `supervisor.status` found.
+
+    What is counted (lost rows, errors, restarts, holes) is found when it grew since `before`, an earlier answer of
+    `supervisor.status`; without one, when it ever happened in the life of the process.
+    """
+    now_ns = time.time_ns()
+    findings = [Finding("file_refused", "rings", problem) for problem in found["problems"]]
+    for name, page in found["connectors"].items():
+        if page["state"] != "stopped":
+            findings += _connector(name, page, _earlier(before, "connectors", name), now_ns)
+    for name, page in found["arbiters"].items():
+        if page["state"] != "stopped":
+            findings += _arbiter(name, page)
+    for name, page in found["writers"].items():
+        if page.get("state") != "stopped":
+            findings += _silent(name, page)
+        findings += _writer(name, page, _earlier(before, "writers", name))
+    findings += _supervised(found["supervisor"] or {}, before["supervisor"] if before is not None else None)
+    return findings
+
+
+def state_of(findings: list[Finding]) -> str:
+    """The worst of some findings."""
+    states = {finding.state for finding in findings}
+    return DOWN if DOWN in states else DEGRADED if DEGRADED in states else OK
+
+
+def _silent(name: str, page: "Page") -> Iterator[Finding]:
+    if page["age_s"] > PAGE_STALE_S:
+        yield Finding("dead", name, f"silent for {page['age_s']:.0f} s: dead or hanging")
+
+
+Page = Mapping[str, Any]
+
+
+def _earlier(before: Page | None, role: str, name: str) -> Page | None:
+    """The earlier page of a process; an empty one when it was not there yet, None when nobody looked."""
+    return None if before is None else before[role].get(name, {})
+
+
+def _same_life(page: Page, before: Page | None) -> Page:
+    """The earlier page if the same process wrote it: the counters of another one began at zero."""
+    return before if before is not None and before.get("pid") == page["pid"] else {}
+
+
+def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Iterator[Finding]:
+    if page["age_s"] > PAGE_STALE_S:
+        yield from _silent(name, page)
+        return
+    if page["state"] not in ("connected", "polling") and not page["state"].startswith("replacing"):
+        yield Finding("disconnected", name, f"{page['state']}; {page['last_error'] or 'no error yet'}")
+    if page["fetch_blocked_until_ns"] > now_ns:
+        wait_s = (page["fetch_blocked_until_ns"] - now_ns) / 1e9
+        yield Finding("banned", name, f"the venue answers no request for another {wait_s:.0f} s")
+    if page["data_ns"] and now_ns - page["data_ns"] > KINDS["stale"].for_s * 1e9:
+        yield Finding("stale", name, f"no row for {(now_ns - page['data_ns']) / 1e9:.0f} s")
+    if page["books_invalid_count"]:
+        yield Finding("book_invalid", name, f"{page['books_invalid_count']} books are not proven at the moment")
+    for stream, numbers in page["streams"].items():
+        if numbers["refused"]:
+            yield Finding("stream_refused", name, f"{stream}: {numbers['refused']}")
+    if before is not None:
+        resyncs = _holes(page) - _holes(_same_life(page, before))
+        lost = _counted(page, "disconnected", "stale") - _counted(_same_life(page, before), "disconnected", "stale")
+        if lost > 0:
+            yield Finding("reconnected", name, f"lost its connection {lost} times lately; {page['last_error']}")
+        if resyncs > HOLES_MANY:
+            yield Finding("holes", name, f"{resyncs} holes in the sequence of books and trades")
+
+
+def _counted(page: Page, *names: str) -> int:
+    return sum(page.get("counters", {}).get(name, 0) for name in names)
+
+
+def _holes(page: Page) -> int:
+    return sum(
+        n for key, n in page.get("counters", {}).items() if key.startswith("gap_") and not key.endswith("_repaired")
+    )
+
+
+def _arbiter(name: str, page: Page) -> Iterator[Finding]:
+    yield from _silent(name, page)
+    for leg, numbers in page["legs"].items():
+        if not numbers["alive"]:
+            yield Finding("leg_dead", name, f"leg {leg} is dead")
+    if page["books_unproven"]:
+        yield Finding("book_invalid", name, f"{page['books_unproven']} books are not proven at the moment")
+
+
+def _writer(name: str, page: Page, before: Page | None) -> Iterator[Finding]:
+    earlier = _same_life(page, before)
+    for stream, numbers in page["streams"].items():
+        then = earlier.get("streams", {}).get(stream, {})
+        if numbers["behind"]:
+            yield Finding("writer_behind", name, f"{stream} is behind by more than half of its ring")
+        if lost := numbers["lapped"] - then.get("lapped", 0):
+            yield Finding("rows_lost", name, f"{stream}: {lost:,} rows were overwritten before they were read")
+        if damaged := numbers["damaged"] - then.get("damaged", 0):
+            yield Finding("rows_lost", name, f"{stream}: {damaged:,} rows were damaged in the ring")
+    for kind, count in page["errors"].items():
+        if more := count - earlier.get("errors", {}).get(kind, 0):
+            yield Finding("writer_error", name, f"{more} errors {kind}")
+    for path, why in page["refused"].items():
+        yield Finding("file_refused", name, f"{path}: {why}")
+
+
+def _supervised(page: Page, before: Page | None) -> Iterator[Finding]:
+    earlier = (before or {}).get("processes") or {}
+    for name, process in (page.get("processes") or {}).items():
+        if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
+            yield Finding("gave_up", name, "not running, it cannot run as it is configured (see its log)")
+        starts = process["starts"] - earlier.get(name, {}).get("starts", process["starts"])
+        if starts > 0:
+            text = f"started again {starts} times lately, last after exit {process['last_exit']}"
+            yield Finding("restarted", name, text)

@@ -1,0 +1,101 @@
+"""systemd units: made from the fleet file, checked by systemd itself where it is installed; and the watchdog is fed."""
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fleet import Fleet, mdcollector
+
+EXPOSURE_MOST = 2.5  # systemd-analyze security: 0 is locked up, 10 is open
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """Units of a fleet with two connectors, an arbiter and a writer."""
+    with Fleet(tmp_path, "binance_spot") as fleet:
+        section = f'exchange = "binance_spot"\ntickers = ["BTCUSDT"]\nrest_url = "{fleet.sim.rest_url}"\n'
+        fleet.config.write_text(
+            f'rings = "rings"\n[connectors.a]\ncpu = 0\n{section}[connectors.b]\n{section}'
+            '[arbiters.both]\nlegs = ["a", "b"]\n[writers.parquet]\nout = "data"\nconnectors = ["both"]\n'
+            '[monitor]\ncsv = "numbers/metrics.csv"\n'
+        )
+        done = mdcollector("units", "-c", fleet.config, "--out", tmp_path / "units")
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.splitlines()) == sorted(
+            str(p) for p in (tmp_path / "units").rglob("*") if p.is_file()
+        )
+    return tmp_path / "units"
+
+
+def test_every_process_of_the_fleet_is_wanted_with_its_cpu(written: Path) -> None:
+    target = (written / "mdcollector.target").read_text()
+    wants = next(line for line in target.splitlines() if line.startswith("Wants=")).removeprefix("Wants=").split()
+    assert wants == [
+        "mdcollector-monitor.service", "mdcollector-connector@a.service", "mdcollector-connector@b.service",
+        "mdcollector-arbiter@both.service", "mdcollector-writer@parquet.service",
+    ]  # fmt: skip
+    assert "CPUAffinity=0" in (written / "mdcollector-connector@a.service.d" / "fleet.conf").read_text()
+    assert not (written / "mdcollector-connector@b.service.d").exists()
+    writer = (written / "mdcollector-writer@.service").read_text()
+    assert f"ReadWritePaths={written.parent}/rings {written.parent}/data\n" in writer
+    assert "RestartPreventExitStatus=78" in writer
+    monitor = (written / "mdcollector-monitor.service").read_text()
+    assert f"ReadWritePaths={written.parent}/rings {written.parent}/numbers\n" in monitor
+
+
+def test_systemd_finds_nothing_wrong_with_them(written: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    instances = [written / "mdcollector-monitor.service", written / "mdcollector.target"]
+    instances += [written / f"mdcollector-{role}@x.service" for role in ("connector", "arbiter", "writer")]
+    verify = ["systemd-analyze", "verify", "--recursive-errors=no", *map(str, instances)]
+    done = subprocess.run(verify, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    broken = written / "mdcollector-monitor.service"
+    broken.write_text(broken.read_text().replace("WatchdogSec=", "WatchdogSecs="))
+    assert subprocess.run(verify, capture_output=True, text=True, timeout=60).stderr, "it would say so"
+
+
+def test_nothing_is_more_exposed_than_it_must_be(written: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    for unit in written.glob("*.service"):
+        command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MOST * 10:.0f}", str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{unit.name}: {done.stdout[-300:]}"
+
+
+def test_connector_and_writer_tell_systemd_that_they_work(tmp_path: Path) -> None:
+    """The socket is the one that systemd would give them; what arrives is of the loop that does the work."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        address = str(tmp_path / "notify")
+        listener.bind(address)
+        listener.settimeout(30)
+        with Fleet(tmp_path / "fleet", "binance_spot", env={"NOTIFY_SOCKET": address}) as fleet:
+            fleet.writer = fleet.write()
+            assert listener.recv(100) == b"READY=1\nWATCHDOG=1"
+            fleet.stop(fleet.writer)
+            _drain(listener)
+            fleet.connector = fleet.connect()
+            for _ in range(3):
+                assert listener.recv(100) == b"READY=1\nWATCHDOG=1"
+            os.kill(fleet.connector.pid, 19)  # SIGSTOP: it hangs, so nothing may come any more
+            _drain(listener)
+            listener.settimeout(2)
+            with pytest.raises(TimeoutError):
+                listener.recv(100)
+            os.kill(fleet.connector.pid, 18)
+
+
+def _drain(listener: socket.socket) -> None:
+    listener.setblocking(False)
+    try:
+        while True:
+            listener.recv(100)
+    except BlockingIOError:
+        listener.setblocking(True)
+        listener.settimeout(30)
