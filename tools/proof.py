@@ -431,7 +431,7 @@ class _Comparison:
             truth = [real for real in self.truth.rows("candle", ticker) if real["interval"] == name]
             mine = [row for row in rows if row["interval"] == interval]
             closed = [(of_truth(real), real["t"]) for real in truth if real["closed"]]
-            if counts:  # the venue says itself which version is the last one
+            if counts or self.dialect.candle_says_closed:
                 opened = [(of_truth(real), real["t"]) for real in truth if not real["closed"]]
                 self._in_order("candles", connector, ticker, [(of_row(r), r) for r in mine if not r["closed"]], opened)
                 self._in_order("candles", connector, ticker, [(of_row(r), r) for r in mine if r["closed"]], closed)
