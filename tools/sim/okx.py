@@ -594,8 +594,9 @@ class Okx(Venue):
             self._greet(session, str(arg["channel"]), ticker)
 
     def _greet(self, session: Session, channel: str, ticker: str) -> None:
-        """Behind the answer: a book, or what a channel of statistics told last."""
-        t = self.exchange.t
+        """Behind the answer: a book, or what a channel of statistics tells now."""
+        now = self.exchange.clock_us()
+        t = now - now % 100_000 + 37_000  # a time that no timer has, so that it is told apart from what follows
         if channel in BOOK_EVERY_US:
             self.exchange.send(session, self._snapshot(self.names[ticker], channel))
         elif channel == "tickers":
