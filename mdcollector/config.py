@@ -40,6 +40,7 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     book_depth: int = 0  # levels of a snapshot, 0 = the venue's default
     book_interval: str = ""  # "" = the venue's default
     intervals: list[str] = msgspec.field(default_factory=lambda: ["1m"])  # of candles
+    trade_channel: str = ""  # where a venue has several; "" = its default
     rest_fallbacks: list[str] = msgspec.field(default_factory=list)  # asked in turn when one does not answer
     stale_s: float = 0.0  # a connection without data for so long is given up; 0 = the venue's default
     lifetime_s: float = 0.0  # a connection is replaced after so long; 0 = before the venue ends it

@@ -564,12 +564,16 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
         raise ConfigError(
             f"intervals: {', '.join(strange)} not offered by {kind.NAME}; it has {', '.join(kind.INTERVALS)}"
         )
+    if settings.trade_channel and settings.trade_channel not in kind.TRADE_CHANNELS:
+        choice = ", ".join(kind.TRADE_CHANNELS) or "none to choose"
+        raise ConfigError(f"trade_channel: {settings.trade_channel!r} not offered by {kind.NAME}; it has {choice}")
     return Options(
         ws_url=settings.ws_url,
         rest_url=settings.rest_url,
         book_depth=settings.book_depth,
         book_interval=settings.book_interval,
         intervals=tuple(settings.intervals),
+        trade_channel=settings.trade_channel,
         credentials=config.credentials(kind.NAME, kind.CREDENTIALS, settings.credentials_file),
     )
 

@@ -439,11 +439,14 @@ class TradeSync:
 
     `want_repair(first, last)` asks the venue for the missing trades. `last` is the last counter that was published,
     also by an earlier life of this connector; -1 for none. `holes` are those that an earlier life left open.
+
+    Where the venue sends several trades as one, with the counter of the last of them, `merged` is to be set: no row
+    has a `trade_seq` then, since counters of rows no longer grow by one.
     """
 
     __slots__ = (
         "_cause_seq", "_emit", "_filled", "_holes", "_refused", "_since", "_suspects", "_want_repair", "cause",
-        "instrument", "last", "last_time",
+        "instrument", "last", "last_time", "merged",
     )  # fmt: skip
 
     def __init__(
@@ -465,6 +468,7 @@ class TradeSync:
         self.last_time = -1
         self.cause = "restart"  # of a hole that begins behind `_cause_seq`; of any other one it is "sequence"
         self._cause_seq = last
+        self.merged = False
 
     def accept(self, seq: int, timestamp: int) -> bool:
         """Whether this trade is to be published: the next one, one behind a new hole, or one that fills a hole."""
@@ -499,12 +503,33 @@ class TradeSync:
         self.last, self.last_time = seq, timestamp
         return True
 
-    def publish(self, trades: Sequence[TradeRow], flags: int = 0) -> int:
+    def _accept_merged(self, count: int, seq: int, timestamp: int) -> bool:
+        """`accept` for a trade that stands for `count` of them, the last of which has the counter `seq`."""
+        first = seq - count + 1
+        if count == 1 or self.last < 0:
+            return self.accept(seq, timestamp)
+        if first > self.last:
+            if self.accept(first, timestamp):
+                self.last = max(self.last, seq)
+                return True
+        elif seq > self.last:  # a part of it is there already: the others are fetched, each as a trade of its own
+            self._open_hole(self.last + 1, seq, timestamp, "overlap")
+            self.last, self.last_time = seq, timestamp
+        elif all(self._hole_with(one) is not None for one in range(first, seq + 1)):
+            for one in range(first, seq + 1):
+                self._fill(one)
+            return True
+        else:
+            self._emit.counters["trade_duplicate"] += 1
+        return False
+
+    def publish(self, trades: Sequence[TradeRow], flags: int = 0, counts: Sequence[int] = ()) -> int:
         """Publish those of one message that are accepted; returns how many. Hot venues inline the common case.
 
+        `counts` says for each how many trades it stands for, where the venue merges them; none = one each.
         FrameError when a number or a counter is impossible; the others of the message are published before.
         """
-        if len(trades) == 1:  # the common case, in half the time
+        if len(trades) == 1 and not self.merged:  # the common case, in half the time
             seq, timestamp, side, price, qty, trade_id = trades[0]
             if seq == self.last + 1 and len(trade_id) <= TRADE_ID_BYTES_MAX:
                 self._emit.trade(self.instrument, timestamp, side, price, qty, seq, flags | _LAST, trade_id)
@@ -512,7 +537,12 @@ class TradeSync:
                 return 1
         rows = [(self.instrument, t, side, p, q, seq, i) for seq, t, side, p, q, i in trades]
         self._emit.check_trades(rows)  # before any of them counts as seen
-        accepted = [row for row in rows if self.accept(row[5], row[1])]
+        if counts:
+            accepted = [row for row, n in zip(rows, counts, strict=True) if self._accept_merged(n, row[5], row[1])]
+        else:
+            accepted = [row for row in rows if self.accept(row[5], row[1])]
+        if self.merged:
+            accepted = [(*row[:5], -1, row[6]) for row in accepted]
         self._emit.trades(accepted, flags)
         self._say_filled()
         if self._refused is not None:

@@ -25,10 +25,12 @@ from tools.sim.process import SimProcess
 TICKERS = {
     "binance_spot": ("BTCUSDT", "ETHUSDT", "SOLUSDT"),
     "deribit": ("BTC-PERPETUAL", "ETH-PERPETUAL", "BTC_USDC-PERPETUAL"),
+    "okx": ("BTC-USDT", "BTC-USDT-SWAP", "ETH-USD-SWAP"),
 }
-BOOK_STREAMS = {"binance_spot": "depth@100ms", "deribit": "book."}  # for a fault's stream=
-TRADE_STREAMS = {"binance_spot": "@trade", "deribit": "trades.*"}  # not chart.trades
+BOOK_STREAMS = {"binance_spot": "depth@100ms", "deribit": "book.", "okx": "books:"}  # for a fault's stream=
+TRADE_STREAMS = {"binance_spot": "@trade", "deribit": "trades.*", "okx": "trades:"}  # not chart.trades
 ALL_FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
+FEEDS_OF = {"okx": ALL_FEEDS[:4]}  # where one connection does not bring all of them
 WITHIN_S = 30.0  # the machine that runs the tests may be slow; no test depends on how fast something is
 POLL_S = 0.02
 SEED = 1
@@ -64,14 +66,15 @@ class Fleet:
         exchange: str,
         *,
         tickers: Sequence[str] = (),
-        feeds: Sequence[str] = ALL_FEEDS,
+        feeds: Sequence[str] = (),
         rate: float = 60,
         sim: Sequence[str] = (),
         sim_tickers: str = "",
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        self.directory, self.exchange, self.feeds = directory, exchange, feeds
+        self.directory, self.exchange = directory, exchange
+        self.feeds = feeds = feeds or FEEDS_OF.get(exchange, ALL_FEEDS)
         self.rings, self.data, self.config = directory / "rings", directory / "data", directory / "fleet.toml"
         self.tickers = list(tickers or TICKERS[exchange])
         self.processes: list[subprocess.Popen[bytes]] = []

@@ -199,6 +199,17 @@ def d_book(change: int, previous: int | None, bids: Any = (), asks: Any = (), *,
     return deribit(f"book.{ticker}.100ms", data)
 
 
+def o_trade(seq: int, *, ticker: str = "BTC-USDT") -> dict[str, Any]:
+    data = {"instId": ticker, "tradeId": str(seq), "px": "10.5", "sz": "2", "side": "buy", "ts": str(MS)}
+    return {"arg": {"channel": "trades-all", "instId": ticker}, "data": [data]}
+
+
+def o_book(seq: int, previous: int, bids: Any = (), asks: Any = (), *, ticker: str = "BTC-USDT") -> dict[str, Any]:
+    data = {"asks": asks, "bids": bids, "ts": str(MS), "checksum": 0, "seqId": seq, "prevSeqId": previous}
+    action = "snapshot" if previous < 0 else "update"
+    return {"arg": {"channel": "books", "instId": ticker}, "action": action, "data": [data]}
+
+
 # Mutations of real frames
 
 NUMBERS = [
@@ -283,22 +294,24 @@ def mutated(raw: str, rng: random.Random) -> bytes:
 
 def seeds(venue: str) -> list[str]:
     """Real frames of every kind of stream of a venue."""
-    frames = [path.read_text() for path in sorted((DATA / venue / "samples").iterdir())]
+    frames = [path.read_text() for path in sorted((DATA / venue / "samples").glob("*.json"))]
     frames = [json.dumps(json.loads(f), separators=(",", ":")) for f in frames]
-    name = {"binance_spot": "multi_20211012", "deribit": "options_20210722"}[venue]
+    name = {"binance_spot": "multi_20211012", "deribit": "options_20210722", "okx": "multi_20220513"}[venue]
     recorded = [line["raw"] for line in entries(DATA / venue / "recorded" / f"{name}.jsonl.zst") if line["dir"] == "in"]
     return frames + recorded[:150]
 
 
 @needs_data
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("venue", ["binance_spot", "deribit"])
+@pytest.mark.parametrize("venue", ["binance_spot", "deribit", "okx"])
 def test_mutated_frames(venue: str, seed: int, probe: Any) -> None:
     rng, frames = random.Random(seed), seeds(venue)
     one: Probe = probe(venue)
     calm, truth = "CALMUSDT", {}
     if venue == "deribit":
         assert one.feed(d_book(0, None, ticker=calm))
+    elif venue == "okx":
+        assert one.feed(o_book(0, -1, ticker=calm))
     else:
         b_snapshot(one, 0, [], [], ticker=calm)
     for i in range(1, 4001):
@@ -311,6 +324,9 @@ def test_mutated_frames(venue: str, seed: int, probe: Any) -> None:
         if venue == "deribit":
             assert one.feed(d_trade(n, ticker=calm))
             assert one.feed(d_book(n, n - 1, [["change" if qty else "delete", price, qty]], ticker=calm))
+        elif venue == "okx":
+            assert one.feed(o_trade(n, ticker=calm))
+            assert one.feed(o_book(n, n - 1, [[str(price), str(qty), "0", "1"]], ticker=calm))
         else:
             assert one.feed(b_trade(n, ticker=calm))
             assert one.feed(b_depth(n, n, [[str(price), str(qty)]], ticker=calm))
@@ -332,11 +348,12 @@ def test_mutated_frames(venue: str, seed: int, probe: Any) -> None:
         ("binance_spot", "https://x/api/v3/depth?symbol=AB&limit=10"),
         ("binance_spot", "https://x/api/v3/historicalTrades?symbol=AB&fromId=28457&limit=10"),
         ("deribit", "https://x/api/v2/public/get_last_trades_by_instrument?instrument_name=A&start_seq=1"),
+        ("okx", "https://x/api/v5/market/history-trades?instId=BTC-USDT&type=1&after=734864431&limit=100"),
     ],
 )
 def test_mutated_bodies(venue: str, url: str, seed: int, probe: Any) -> None:
     names = {"depth": "depth_snapshot.json", "historicalTrades": "trades_01.json",
-             "get_last_trades_by_instrument": "last_trades.json"}  # fmt: skip
+             "get_last_trades_by_instrument": "last_trades.json", "history-trades": "trades.json"}  # fmt: skip
     body = (DATA / venue / "rest" / names[url.partition("?")[0].rpartition("/")[2]]).read_text()
     body, rng = json.dumps(json.loads(body), separators=(",", ":")), random.Random(seed)
     one: Probe = probe(venue)

@@ -223,6 +223,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "capacity no power of two": ({"capacity": {"trades": 1000}}, ["connectors.conn.capacity.trades", "1000", "powers of two"]),
     "capacity of no feed": ({"capacity": {"quotes": 1024}}, ["connectors.conn.capacity", "'quotes'", "trades"]),
     "no such cpu": ({"cpu": 4096}, ["connectors.conn.cpu", "4096", "allowed are 0"]),
+    "unknown trade channel": ({"trade_channel": "fills"}, ["connectors.conn", "trade_channel", "'fills'", "binance_spot"]),
     "unknown interval": ({"feeds": ["candles"], "intervals": ["7m"]}, ["connectors.conn", "intervals", "7m", "1m, 3m, 5m"]),
 }  # fmt: skip
 

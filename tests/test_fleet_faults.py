@@ -298,9 +298,10 @@ def test_a_frozen_connection_is_given_up(start: Start, exchange: str) -> None:
 def test_heartbeats_do_not_count_as_data(start: Start, exchange: str) -> None:
     """All streams go silent but the venue's heartbeats come on: the connection is given up all the same.
 
-    (A binance ping comes each half second; on Deribit a heartbeat or a test_request each 0.3 s.)
+    (A binance ping comes each half second; on Deribit a heartbeat or a test_request each 0.3 s; OKX sends none.)
     """
-    limit = {"binance_spot": "ping_every_s=0.5", "deribit": "heartbeat_scale=0.02"}[exchange]
+    limits = {"binance_spot": "ping_every_s=0.5", "deribit": "heartbeat_scale=0.02", "okx": "silent_s=30"}
+    limit = limits[exchange]
     fleet = start(exchange, stale_s=2.0, sim=("--limit", limit))
     fleet.sim.fault("silence", seconds=3)
     fleet.wait_counter("stale")

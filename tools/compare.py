@@ -442,7 +442,7 @@ class OwnSide:
         if isinstance(seen, Trade):
             values: Values = (seen.price, seen.qty, float(seen.side))
             waiting = Waiting(seen.order, values, seen.time_us, rcv_us)
-            self._report.matcher("trades", seen.ticker).own(seen.trade_id, waiting, seen.order - 1)
+            self._report.matcher("trades", seen.ticker).own(seen.trade_id, waiting, seen.order - seen.count)
         elif isinstance(seen, BookChange):
             if seen.snapshot or not seen.levels:  # each connection has snapshots of its own
                 return
@@ -506,9 +506,11 @@ class RingSide:
         if self._feed == "orderbook_l2":
             self._hand_over_level(ticker, row)
         elif self._feed == "trades":
-            key = row["trade_id"].decode() or str(row["trade_seq"])
+            key, order = row["trade_id"].decode() or str(row["trade_seq"]), row["trade_seq"]
+            if order < 0 and key.isdecimal():  # rows of merged trades have no counter, but an id that is one
+                order = int(key)
             values: Values = (row["price"], row["qty"], float(row["side"]))
-            self._report.matcher("trades", ticker).ring(key, _waiting(row["trade_seq"], values, row))
+            self._report.matcher("trades", ticker).ring(key, _waiting(order, values, row))
         elif self._feed == "bbo":
             values = (row["bid_price"], row["bid_qty"], row["ask_price"], row["ask_qty"])
             self._report.matcher("bbo", ticker).ring(str(row["update_id"]), _waiting(row["update_id"], values, row))

@@ -114,6 +114,7 @@ class Options(msgspec.Struct, kw_only=True):
     book_depth: int = 0  # levels of a snapshot; 0 = the venue's default
     intervals: tuple[str, ...] = ("1m",)
     book_interval: str = ""  # "" = the venue's default
+    trade_channel: str = ""  # one of TRADE_CHANNELS; "" = the first
     credentials: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
@@ -137,6 +138,7 @@ class Venue(ABC):
     REST_FALLBACKS: ClassVar[tuple[str, ...]] = ()  # hosts that are asked in turn when one does not answer
     LIMITS: ClassVar[Limits]
     INTERVALS: ClassVar[tuple[str, ...]] = ()  # of candles
+    TRADE_CHANNELS: ClassVar[tuple[str, ...]] = ()  # where the configuration may choose, the default first
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
     PREFIX: ClassVar[bytes] = b""  # how a frame of a stream begins, up to what tells the stream
     DELIMITER: ClassVar[bytes] = b'"'  # what ends that

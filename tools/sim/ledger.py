@@ -8,6 +8,7 @@ Kinds of lines, each with `t` in microseconds of the exchange's clock:
     start    seed, options and per ticker the instrument and the book that everything starts from
     trade    ticker, id, seq, price, qty, side (BUY or SELL, the taker's)
     aggtrade ticker, id, first, last, price, qty, side (only where the venue aggregates)
+    liquidation  ticker, price, qty, side (only where the venue tells them)
     book     ticker, stream, first, last, prev, bids, asks: one depth event of one speed; quantity 0 removes the level
     bbo      ticker, id, bid, bid_qty, ask, ask_qty
     ticker   ticker and the numbers of one 24 hour statistics message, in the venue's words; those that only an
@@ -45,6 +46,7 @@ class Dialect:
     candle_has_time: bool
     candle_counts_trades: bool
     intervals: Mapping[str, str]  # interval in the tables -> in the ledger, where they differ
+    candle_says_closed: bool = False  # the venue says which version of a candle is the last, without counting trades
 
 
 class LedgerWriter:

@@ -232,6 +232,10 @@ class Venue(ABC):
         """The session's credentials are no longer valid; a venue without credentials has nothing to forget."""
         return
 
+    def renumber(self, book: Book) -> None:
+        """Number the messages of a book anew; a venue that never does leaves everything as it is."""
+        return
+
     @abstractmethod
     def listed(self, book: Book, t: int) -> None:
         """A ticker was listed while running."""
@@ -614,6 +618,8 @@ class Exchange:
                 book = self.market.books[ticker]
                 self.venue.listed(book, t)
                 self.ledger.record("listing", ticker=ticker, t=t, instrument=self._described(book))
+        elif ticker in self.market.books and fault.name == "renumber":
+            self.venue.renumber(self.market.books[ticker])
         elif ticker in self.market.books:
             book = self.market.books[ticker]
             self.venue.on_action(book, self.market.cross(ticker, t))

@@ -94,6 +94,7 @@ class Trade:
     qty: float
     side: int
     time_us: int
+    count: int = 1  # trades that it stands for, where the venue merges them; `order` is that of the last
 
 
 @dataclass(frozen=True, slots=True)
