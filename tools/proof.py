@@ -136,10 +136,10 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def standing_gaps(rows: Sequence[Row]) -> list[Row]:
-    """Holes that no later row with the same feed, ticker and ids calls repaired."""
+    """Holes that no later row with the same feed, ticker and ids (without ids: the same end) calls repaired."""
     state: dict[tuple[Any, ...], Row] = {}
-    for number, row in enumerate(rows):
-        ids = (row["first_id"], row["last_id"]) if row["first_id"] is not None else ("time", number)
+    for row in rows:
+        ids = (row["first_id"], row["last_id"]) if row["first_id"] is not None else ("time", row["to_time"])
         state[row["feed"], row["ticker"], *ids] = row
     return [row for row in state.values() if not row["repaired"]]
 
@@ -201,6 +201,7 @@ class _Comparison:
             "bbo": self._bbo,
             "tickers": self._tickers,
             "candles": self._candles,
+            "liquidations": self._liquidations,
         }[feed]
         seen: dict[str, str] = {}
         for connector, rows in load_rows(self.out, feed, self.exchange).items():
@@ -245,9 +246,13 @@ class _Comparison:
 
     def _trades(self, connector: str, ticker: str, rows: list[Row]) -> None:
         truth = {row["seq"]: row for row in self.truth.rows("trade", ticker)}
+        counted = self.dialect.trades_have_counter
+        seq_of = {row["id"]: row["seq"] for row in truth.values()}  # the counter that the venue keeps to itself
         found: dict[int, Row] = {}
         for row in rows:
-            seq = row["trade_seq"]
+            seq = row["trade_seq"] if counted else seq_of.get(row["trade_id"], -1)
+            if not counted and row["trade_seq"] is not None:
+                self.proof.differ("trades", f"{ticker} {row['trade_id']}: has a counter that the exchange never told")
             if seq not in truth:
                 self.proof.differ("trades", f"{ticker} {seq}: the exchange made no such trade")
             elif seq in found:
@@ -266,7 +271,9 @@ class _Comparison:
         holes = self._holes_of(connector)
         for seq in range(min(found), last + 1):
             if seq not in found and seq in truth:
-                if holes.names_id("trades", ticker, seq):
+                if holes.names_id("trades", ticker, seq) or (
+                    not counted and holes.at_time("trades", ticker, self._time(truth[seq]["t"]))
+                ):
                     self._explained("trades")
                 else:
                     self.proof.differ("trades", f"{ticker} {seq}: is missing and no row of gaps names it")
@@ -441,6 +448,15 @@ class _Comparison:
         others = {row["interval"] for row in rows} - set(self.intervals)
         if others:
             self.proof.differ("candles", f"{ticker}: unexpected intervals {sorted(others)}")
+
+    def _liquidations(self, connector: str, ticker: str, rows: list[Row]) -> None:
+        def of_truth(real: Row) -> tuple[Any, ...]:
+            side = 1 if real["side"] == "BUY" else -1
+            return self._time(real["t"]), side, float(real["price"]), float(real["qty"])
+
+        truth = [(of_truth(real), real["t"]) for real in self.truth.rows("liquidation", ticker)]
+        mine = [((row["timestamp"], row["side"], row["price"], row["qty"]), row) for row in rows]
+        self._in_order("liquidations", connector, ticker, mine, truth)
 
     def _times_local(self, feed: str, ticker: str, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -54,6 +54,9 @@ KINDS: dict[str, Kind] = {
     "stale_snapshot": Kind(REQUEST, "a book snapshot that is some seconds old"),
     "future_snapshot": Kind(REQUEST, "a book snapshot newer than everything sent: the streams lag by ms", {"ms": 1000}),
     "cross": Kind(MARKET, "a book event with a bid above the best ask, taken back after ms", {"ms": 300}),
+    "snapshot": Kind(
+        MARKET, "a book snapshot that nobody asked for; anew=1: its numbers begin again as the venue's do", {"anew": 0}
+    ),
     "listing": Kind(MARKET, "the instrument named by ticker= is listed while running"),
 }
 COMMON = {

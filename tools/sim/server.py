@@ -232,6 +232,10 @@ class Venue(ABC):
         """The session's credentials are no longer valid; a venue without credentials has nothing to forget."""
         return
 
+    def resnapshot(self, book: Book, anew: bool) -> None:
+        """Send a snapshot of a book that nobody asked for; a venue without such snapshots does nothing."""
+        return
+
     @abstractmethod
     def listed(self, book: Book, t: int) -> None:
         """A ticker was listed while running."""
@@ -614,6 +618,9 @@ class Exchange:
                 book = self.market.books[ticker]
                 self.venue.listed(book, t)
                 self.ledger.record("listing", ticker=ticker, t=t, instrument=self._described(book))
+        elif fault.name == "snapshot":
+            if ticker in self.market.books:
+                self.venue.resnapshot(self.market.books[ticker], bool(fault.number("anew")))
         elif ticker in self.market.books:
             book = self.market.books[ticker]
             self.venue.on_action(book, self.market.cross(ticker, t))
