@@ -541,7 +541,7 @@ def test_what_a_reconnect_cost_is_recorded_by_time(tmp_path: Path) -> None:
         {m["topic"] for line in part if (m := message_of(line, "publicTrade"))}
         for part in (cut[: before + 1], cut[before + 1 :])
     ]
-    assert report.counters["gap_trades_reconnect"] == len(traded[0] & traded[1]) > 1
+    assert report.counters["gap_trades_reconnect"] == len(traded[0] & traded[1]) > 0
 
 
 # Samples and REST bodies

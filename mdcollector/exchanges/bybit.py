@@ -423,7 +423,8 @@ class Bybit(Venue):
 
     def tick(self, now_ns: int) -> None:
         if now_ns - self._pinged_ns >= PING_EVERY_NS:
-            self.emit.counters["pong_missing"] += self._pong_due
+            if self._pong_due:
+                self.emit.counters["pong_missing"] += 1
             self._pinged_ns, self._pong_due = now_ns, True
             self.wants.append(Send('{"req_id":"ping","op":"ping"}', urgent=True))
         for req_id, (op, topics, asked_ns) in list(self._requests.items()):
