@@ -231,7 +231,7 @@ class Connector:
             legs.append(Leg(self.emit, decode, self._on_packet))  # type: ignore[arg-type]
             return legs[-1]
 
-        leg = await open_leg(self._ws_url + self.venue.ws_path(), make, self._tls)
+        leg = await open_leg(self._ws_url + self.venue.ws_path(), make, self._tls, self.venue.RATE_LIMITED)
         self.emit.counters["connections"] += 1
         self.emit.connection_opened()
         for stream in self.venue.proof.values():
@@ -331,6 +331,7 @@ class Connector:
         if not flowing_since:  # then the two were not open side by side
             self._holes_from_us = {**self._last_unsequenced_us(), **self._holes_from_us}
             self._tell_holes()
+            self.venue.not_overlapped()
 
     async def _open_beside(self, old: Leg, decode: FilteredDecode) -> Leg:
         """Open the next connection, trying again as long as the old one lives."""
@@ -523,7 +524,7 @@ class Connector:
                 "last_error": self._last_error,
                 "packets": self._leg.packets if self._leg is not None else 0,
                 "books": len(venue.books),
-                "trades_unproven": sum(sync.unproven for sync in venue.trade_syncs.values()),
+                "trades_unproven": sum(trades.unproven for trades in venue.trade_watches),
                 "books_invalid": invalid[:100],
                 "books_invalid_count": len(invalid),
                 "fetches_waiting": self._fetcher.waiting,

@@ -1,7 +1,7 @@
 """Continuity: proves that nothing is missing between two messages of an instrument, and heals what is.
 
 `BookSync` keeps the live book of one instrument by the venue's own procedure, `TradeSync` watches trade counters that
-grow by one. Both are driven by `exchanges/*`, say what they need through the venue (a snapshot, a repair) and never do
+grow by one, `TradeIds` trades whose ids do not count. They are driven by `exchanges/*`, say what they need through the venue (a snapshot, a repair) and never do
 I/O. Venue rules come in as one function; the procedure around them is the same everywhere:
 
     book   WAITING --snapshot--> LIVE --hole--> BROKEN --snapshot, or the missing messages--> LIVE
@@ -33,6 +33,8 @@ REPAIR_IDS_MAX = 50_000  # a longer hole is recorded and not fetched: it would e
 COUNTER_JUMP_MAX = 100_000_000  # a trade counter so far ahead, or one behind with a newer time, is not believed at once
 SUSPECTS_BELIEVED = 3  # so many of them that follow each other closely are
 SUSPECT_STEP_MAX = 10_000
+TRADE_IDS_KEPT = 2000  # ids remembered at least, per instrument; venues give 1000 recent trades at once
+DOUBTS_MAX = 100  # recorded holes that one answer may still close
 
 TOP_LEVELS = 128  # best levels of a side that are put in order
 TOP_MAX, FRESH_MAX = 1024, 512  # entries, dead and double ones among them; then they are sorted out
@@ -634,3 +636,137 @@ class TradeSync:
             self._emit.gap(
                 "trades", self.instrument.ticker, first_id=first, last_id=last, cause="filled", repaired=True
             )
+
+
+class TradeIds:
+    """Watches the trades of one instrument whose ids do not count, so that nothing in them tells of a missing one.
+
+    Each is published once, by its id. Where trades may have been missed (the connection ended, a frame could not be
+    read) the next one is preceded by a row in `gaps` that names the time, and `want_recent` asks the venue for its most
+    recent trades, once the stream delivers: those that are new are published, and where they reach back to the last one
+    that was known, the hole is closed. `known` are the ids, and `last_time` the newest time, that an earlier life of this connector published.
+    """
+
+    __slots__ = (
+        "_cause", "_emit", "_holes", "_last_id", "_new", "_old", "_since", "_since_id", "_want_recent", "doubts",
+        "instrument", "last_time",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        emit: Emit,
+        instrument: Instrument,
+        want_recent: Callable[["TradeIds"], None],
+        known: Sequence[bytes] = (),
+        last_time: int = -1,
+    ) -> None:
+        self._emit, self.instrument, self._want_recent, self.last_time = emit, instrument, want_recent, last_time
+        self._old, self._new = set[bytes](), set(known)  # two generations, so that forgetting costs nothing
+        self._last_id = known[-1] if known else b""
+        self.doubts = 0  # that ever arose; an answer is believed that was asked for behind the last one
+        self._cause = ""  # of a doubt that no trade has shown yet
+        self._holes: list[tuple[int, int]] = []  # told, and not yet answered: from time, to time
+        self._since, self._since_id = -1, b""  # the last trade before the first doubt
+        if known:
+            self.doubt("restart")
+
+    def publish(self, trades: Sequence[TradeRow], flags: int = 0) -> int:
+        """Publish those of one message that are new; returns how many. FrameError when a number is impossible."""
+        new, old = self._new, self._old
+        if len(trades) == 1:  # the common case, in half the time
+            seq, timestamp, side, price, qty, trade_id = trades[0]
+            if not self._cause and trade_id not in new and trade_id not in old and len(trade_id) <= TRADE_ID_BYTES_MAX:
+                self._emit.trade(self.instrument, timestamp, side, price, qty, seq, flags | _LAST, trade_id)
+                new.add(trade_id)
+                self._last_id = trade_id
+                if timestamp > self.last_time:
+                    self.last_time = timestamp
+                if len(new) > TRADE_IDS_KEPT:
+                    self._old, self._new = new, set()
+                return 1
+        self._emit.check_trades([(self.instrument, t, side, p, q, seq, i) for seq, t, side, p, q, i in trades])
+        fresh = self._unseen(trades)
+        if not fresh:
+            return 0
+        if self._cause:
+            self._tell(min(row[1] for row in fresh))
+        self._emit.trades(fresh, flags)
+        self._note(fresh)
+        return len(fresh)
+
+    def _unseen(self, trades: Sequence[TradeRow]) -> list[tuple[Instrument, int, int, float, float, int, bytes]]:
+        rows: dict[bytes, tuple[Instrument, int, int, float, float, int, bytes]] = {}
+        for seq, timestamp, side, price, qty, trade_id in trades:
+            if trade_id in self._new or trade_id in self._old or trade_id in rows:
+                self._emit.counters["trade_duplicate"] += 1
+            else:
+                rows[trade_id] = (self.instrument, timestamp, side, price, qty, seq, trade_id)
+        return list(rows.values())
+
+    def _note(self, rows: Sequence[tuple[Instrument, int, int, float, float, int, bytes]]) -> None:
+        self._new.update(row[6] for row in rows)
+        newest = max(rows, key=lambda row: row[1])
+        if newest[1] >= self.last_time:
+            self.last_time, self._last_id = newest[1], rows[-1][6]
+        if len(self._new) > TRADE_IDS_KEPT:
+            self._old, self._new = self._new, set()
+
+    @property
+    def unproven(self) -> bool:
+        """Trades may have been missed, and the venue has not yet told."""
+        return bool(self._cause or self._holes)
+
+    def doubt(self, cause: str) -> None:
+        """Trades may be missed from here on: what is published next comes behind a hole, until an answer says no."""
+        if self.last_time < 0:
+            return  # nothing was recorded before, so there is nothing that could be incomplete
+        if not self.unproven:
+            self._since, self._since_id = self.last_time, self._last_id
+        self._cause = self._cause or cause
+        self.doubts += 1
+
+    def disconnected(self, cause: str = "reconnect") -> None:
+        """The connection ended."""
+        self.doubt(cause)
+
+    def want_tail(self) -> None:
+        """Ask for the most recent trades."""
+        self._want_recent(self)
+
+    def recent(self, trades: Sequence[TradeRow], doubts: int) -> None:
+        """The venue's most recent trades; `doubts` is the number of them when they were asked for."""
+        if doubts != self.doubts or not self.unproven:
+            return  # since then more may have been missed
+        rows = [(self.instrument, t, side, p, q, seq, i) for seq, t, side, p, q, i in trades]
+        self._emit.check_trades(rows)
+        known = self._new | self._old
+        missed = sorted((row for row in rows if row[1] >= self._since and row[6] not in known), key=lambda row: row[1])
+        # Reached back to where the hole begins: then whatever lies in it is in this answer.
+        whole = any(row[6] == self._since_id or row[1] < self._since for row in rows)
+        if self._cause and missed:
+            self._tell(missed[0][1])
+        if missed:
+            self._emit.trades(missed, _REPAIRED)
+            self._note(missed)
+        if self._cause and not whole:
+            self._tell(self._emit.rcv_us)
+        for from_time, to_time in self._holes if whole else ():
+            self._emit.gap(
+                "trades", self.instrument.ticker, from_time=from_time, to_time=to_time, cause="filled", repaired=True
+            )
+        if not whole:
+            self._emit.counters["trade_repair_incomplete"] += 1  # the holes stay in the ledger as not repaired
+        self._cause, self._holes = "", []
+
+    def unanswered(self) -> None:
+        """The venue does not give its recent trades: the hole is recorded and stays."""
+        if self._cause:
+            self._tell(self._emit.rcv_us)
+        self._holes = []
+
+    def _tell(self, to_time: int) -> None:
+        """Record the hole before the first row behind it, so that even a crash right then leaves none untold."""
+        from_time = min(self.last_time, to_time)
+        self._emit.gap("trades", self.instrument.ticker, from_time=from_time, to_time=to_time, cause=self._cause)
+        self._holes = [*self._holes[1 - DOUBTS_MAX :], (from_time, to_time)]
+        self._cause = ""

@@ -415,19 +415,35 @@ class Emit:
         flags: int = 0,
     ) -> None:
         """One version of a candle; `volume` NaN and `trades` -1 where the venue has none."""
+        self.check_candle(timestamp, interval, open_time, ohlc, volume, trades)
+        self._append("candles", instrument, timestamp, flags, (closed, interval, open_time, *ohlc, volume, trades))
+
+    def check_candle(
+        self,
+        timestamp: int,
+        interval: bytes,
+        open_time: int,
+        ohlc: tuple[float, float, float, float],
+        volume: float,
+        trades: int,
+    ) -> None:
+        """FrameError when a number of a candle is impossible; for messages with several of them."""
         if not all(-PRICE_MAX < price < PRICE_MAX for price in ohlc) or not (0 <= volume < QTY_MAX or volume != volume):
             raise FrameError("absurd_number", f"candle {ohlc} volume={volume}")
         if not (0 <= timestamp < TIME_MAX_US and 0 < open_time < TIME_MAX_US and -1 <= trades < 1 << 62):
             raise FrameError("absurd_number", f"candle timestamp={timestamp} open_time={open_time} trades={trades}")
         if len(interval) > 8:
             raise FrameError("unknown_interval", interval.decode(errors="replace"))
-        self._append("candles", instrument, timestamp, flags, (closed, interval, open_time, *ohlc, volume, trades))
 
     def liquidation(self, instrument: Instrument, timestamp: int, side: int, price: float, qty: float) -> None:
         """A forced order."""
+        self.check_liquidation(timestamp, price, qty)
+        self._append("liquidations", instrument, timestamp, 0, (side, price, qty))
+
+    def check_liquidation(self, timestamp: int, price: float, qty: float) -> None:
+        """FrameError when a number of a forced order is impossible; for messages with several of them."""
         if not (-PRICE_MAX < price < PRICE_MAX and 0 <= qty < QTY_MAX and 0 < timestamp < TIME_MAX_US):
             raise FrameError("absurd_number", f"liquidation price={price} qty={qty} timestamp={timestamp}")
-        self._append("liquidations", instrument, timestamp, 0, (side, price, qty))
 
     def gap(
         self,

@@ -98,7 +98,7 @@ async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue]) -
         for _ in range(PAGES_MAX):
             if path is None:
                 break
-            status, body = await get(session, base + path)
+            status, body = await get(session, base + path, kind.RATE_LIMITED)
             if status >= 400:
                 raise Disconnected(f"{base}{path}: HTTP {status}")
             listed += kind.instruments(body)

@@ -132,8 +132,10 @@ class Leg(WSListener):
             self.transport.disconnect()
 
 
-async def open_leg(url: str, make: Callable[[], Leg], tls: ssl.SSLContext | None) -> Leg:
-    """Connect. Disconnected when it fails, RateLimited when the venue says that it is too much."""
+async def open_leg(
+    url: str, make: Callable[[], Leg], tls: ssl.SSLContext | None, rate_limited: Mapping[int, float] | None = None
+) -> Leg:
+    """Connect. Disconnected when it fails, RateLimited when the venue says that it is too much (as in `get`)."""
 
     def make_socket(parsed: picows.WSParsedURL) -> socket.socket:
         family = socket.AF_INET6 if ":" in parsed.host else socket.AF_INET
@@ -155,8 +157,9 @@ async def open_leg(url: str, make: Callable[[], Leg], tls: ssl.SSLContext | None
         )
     except picows.WSInvalidStatusError as error:
         status = int(error.response.status) if error.response is not None else 0
-        if error.response is not None and status in (418, 429):
-            wait_s = _retry_after(error.response.headers.get("Retry-After"))
+        waits_s = _waits_s(rate_limited)
+        if error.response is not None and status in waits_s:
+            wait_s = _retry_after(error.response.headers.get("Retry-After"), waits_s[status])
             raise RateLimited(wait_s, f"{url}: HTTP {status}") from error
         raise Disconnected(f"{url}: HTTP {status}") from error
     except (OSError, picows.WSError, TimeoutError, asyncio.IncompleteReadError) as error:
@@ -166,11 +169,16 @@ async def open_leg(url: str, make: Callable[[], Leg], tls: ssl.SSLContext | None
     return leg
 
 
-def _retry_after(value: str | None) -> float:
+def _waits_s(rate_limited: Mapping[int, float] | None) -> dict[int, float]:
+    """Statuses that mean "slow down", and how long to wait after one that does not say it itself."""
+    return {429: RETRY_AFTER_DEFAULT_S, 418: RETRY_AFTER_DEFAULT_S, **(rate_limited or {})}
+
+
+def _retry_after(value: str | None, default_s: float) -> float:
     try:
-        return max(1.0, float(value)) if value is not None else RETRY_AFTER_DEFAULT_S
+        return max(1.0, float(value)) if value is not None else default_s
     except ValueError:
-        return RETRY_AFTER_DEFAULT_S
+        return default_s
 
 
 def tls_context(ca_file: Path | None) -> ssl.SSLContext:
@@ -185,8 +193,15 @@ def tls_context(ca_file: Path | None) -> ssl.SSLContext:
     return context
 
 
-async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
-    """GET with retries of what is no answer (connection errors, timeouts, 5xx); RateLimited for 429 and 418."""
+async def get(
+    session: aiohttp.ClientSession, url: str, rate_limited: Mapping[int, float] | None = None
+) -> tuple[int, bytes]:
+    """GET with retries of what is no answer (connection errors, timeouts, 5xx).
+
+    RateLimited for 429, 418 and the statuses of `rate_limited`, with the wait that belongs to each (`RATE_LIMITED` of
+    a venue).
+    """
+    waits_s = _waits_s(rate_limited)
     async for attempt in tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type((aiohttp.ClientError, TimeoutError, Disconnected)),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
@@ -195,8 +210,8 @@ async def get(session: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
     ):
         with attempt:
             async with session.get(url) as response:
-                if response.status in (418, 429):
-                    wait_s = _retry_after(response.headers.get("Retry-After"))
+                if response.status in waits_s:
+                    wait_s = _retry_after(response.headers.get("Retry-After"), waits_s[response.status])
                     raise RateLimited(wait_s, f"{url}: HTTP {response.status}")
                 body = await response.content.read(HTTP_BODY_BYTES_MAX)
                 while not response.content.at_eof() and len(body) < HTTP_BODY_BYTES_MAX:
@@ -264,16 +279,20 @@ class Fetcher:
                     self.want(fetch)  # again, behind the others
                 on_answer()
 
+    def _hold(self, error: RateLimited) -> None:
+        """No connector of this machine asks before the time that the venue gave."""
+        self._emit.counters["http_rate_limited"] += 1
+        self.blocked_until_ns = time.time_ns() + int(error.retry_after_s * 1e9)
+        self._budget.block(error.retry_after_s)
+
     async def _one(self, session: aiohttp.ClientSession, fetch: Fetch) -> Callable[[], bool] | None:
         """What to do with the answer, once the request no longer counts as waiting: False = ask again; None = no answer."""
         emit, url = self._emit, self._bases[0] + fetch.path
         emit.counters["http_requests"] += 1
         try:
-            status, body = await get(session, url)
+            status, body = await get(session, url, self._venue.RATE_LIMITED)
         except RateLimited as error:
-            emit.counters["http_rate_limited"] += 1
-            self.blocked_until_ns = time.time_ns() + int(error.retry_after_s * 1e9)
-            self._budget.block(error.retry_after_s)
+            self._hold(error)
             return None
         except (aiohttp.ClientError, TimeoutError, Disconnected) as error:
             emit.counters["http_failed"] += 1
@@ -292,6 +311,9 @@ class Fetcher:
                     fetch.answer(body)
                 else:
                     self._venue.http(url, body)
+            except RateLimited as error:  # some venues say so in the body of an answer
+                self._hold(error)
+                return False
             except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 emit.refused_error(error, body)
                 self._broken[fetch.key] += 1

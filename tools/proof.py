@@ -137,10 +137,10 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def standing_gaps(rows: Sequence[Row]) -> list[Row]:
-    """Holes that no later row with the same feed, ticker and ids calls repaired."""
+    """Holes that no later row with the same feed, ticker and ids (without ids: the same end) calls repaired."""
     state: dict[tuple[Any, ...], Row] = {}
-    for number, row in enumerate(rows):
-        ids = (row["first_id"], row["last_id"]) if row["first_id"] is not None else ("time", number)
+    for row in rows:
+        ids = (row["first_id"], row["last_id"]) if row["first_id"] is not None else ("time", row["to_time"])
         state[row["feed"], row["ticker"], *ids] = row
     return [row for row in state.values() if not row["repaired"]]
 
@@ -202,6 +202,7 @@ class _Comparison:
             "bbo": self._bbo,
             "tickers": self._tickers,
             "candles": self._candles,
+            "liquidations": self._liquidations,
         }[feed]
         seen: dict[str, str] = {}
         for connector, rows in load_rows(self.out, feed, self.exchange).items():
@@ -247,10 +248,16 @@ class _Comparison:
     def _trades(self, connector: str, ticker: str, rows: list[Row]) -> None:
         truth = {row["seq"]: row for row in self.truth.rows("trade", ticker)}
         merged = self.truth.aggtrades(ticker)
+        counted = self.dialect.trades_have_counter
+        seq_of = {row["id"]: row["seq"] for row in truth.values()}  # the counter that some venues keep to themselves
         found: dict[int, Row] = {}
         for row in rows:
             seq, ids = row["trade_seq"], range(0)
-            if seq is None:  # the venue merges trades: the row stands for as many as its ledger says
+            if not counted:
+                if seq is not None:
+                    self.proof.differ("trades", f"{ticker} {row['trade_id']}: has a counter that was never told")
+                seq = seq_of.get(row["trade_id"], -1)
+            elif seq is None:  # the venue merges trades: the row stands for as many as its ledger says
                 real = merged.get(row["trade_id"], {})
                 seq = int(row["trade_id"])
                 ids = range(int(real.get("first", seq)), seq + 1)
@@ -273,7 +280,9 @@ class _Comparison:
         holes = self._holes_of(connector)
         for seq in range(min(found), last + 1):
             if seq not in found and seq in truth:
-                if holes.names_id("trades", ticker, seq):
+                if holes.names_id("trades", ticker, seq) or (
+                    not counted and holes.at_time("trades", ticker, self._time(truth[seq]["t"]))
+                ):
                     self._explained("trades")
                 else:
                     self.proof.differ("trades", f"{ticker} {seq}: is missing and no row of gaps names it")
@@ -456,6 +465,15 @@ class _Comparison:
         others = {row["interval"] for row in rows} - set(self.intervals)
         if others:
             self.proof.differ("candles", f"{ticker}: unexpected intervals {sorted(others)}")
+
+    def _liquidations(self, connector: str, ticker: str, rows: list[Row]) -> None:
+        def of_truth(real: Row) -> tuple[Any, ...]:
+            side = 1 if real["side"] == "BUY" else -1
+            return self._time(real["t"]), side, float(real["price"]), float(real["qty"])
+
+        truth = [(of_truth(real), real["t"]) for real in self.truth.rows("liquidation", ticker)]
+        mine = [((row["timestamp"], row["side"], row["price"], row["qty"]), row) for row in rows]
+        self._in_order("liquidations", connector, ticker, mine, truth)
 
     def _times_local(self, feed: str, ticker: str, rows: Sequence[Row]) -> None:
         for row in rows:

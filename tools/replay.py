@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import aiohttp
 import click
@@ -74,8 +73,7 @@ class Source:
         frames = 0
         for entry in self.entries():
             if entry.url:
-                host = urlsplit(entry.url).hostname
-                by_url.update(v.exchange for v in venues if host in v.hosts)
+                by_url.update(v.exchange for v in venues if v.serves(entry.url))
             if entry.dir == "in":
                 frames += 1
                 by_shape.update(v.exchange for v in venues if v.recognises(entry.raw))

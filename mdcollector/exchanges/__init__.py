@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 import numpy as np
 
-from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, BookSync, FollowRule, TradeSync
+from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, TRADE_IDS_KEPT, BookSync, FollowRule, TradeIds, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
 from mdcollector.records import Exchange
@@ -145,6 +145,9 @@ class Venue(ABC):
     KNOWN_FIELDS: ClassVar[frozenset[str]] = (
         frozenset()
     )  # names in data frames, at any depth; a new one is told; none = all
+    RATE_LIMITED: ClassVar[
+        Mapping[int, float]
+    ] = {}  # HTTP statuses that mean "slow down", beside 429 and 418: wait in s
     CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
@@ -157,9 +160,11 @@ class Venue(ABC):
         self.wants: deque[Want] = deque()
         self.books: dict[str, BookSync] = {}
         self.trade_syncs: dict[str, TradeSync] = {}
+        self.trade_ids: dict[str, TradeIds] = {}  # of a venue whose trades have no counter
         self.overlapping = False  # two connections deliver at the moment
         self.notes: dict[str, str] = {}  # what status must show: fallbacks, refused streams
         self._trades_left, self._books_left = _trades_left(emit), _books_left(emit)
+        self._trade_ids_left = _trade_ids_left(emit)
 
     # Planning, before any connection
 
@@ -292,8 +297,13 @@ class Venue(ABC):
         self._routes.clear()  # the next one may speak otherwise: first frames are looked at again
         for book in self.books.values():
             book.disconnected(cause)
-        for trade_sync in self.trade_syncs.values():
-            trade_sync.disconnected(cause)
+        for trades in self.trade_watches:
+            trades.disconnected(cause)
+
+    def not_overlapped(self) -> None:
+        """The old connection ended before the one that replaces it delivered: what has no ids may have been missed."""
+        for trade_ids in self.trade_ids.values():
+            trade_ids.doubt("reconnect")
 
     # Whether an acknowledged stream delivers
 
@@ -352,6 +362,24 @@ class Venue(ABC):
             found = self.trade_syncs[ticker] = TradeSync(self.emit, instrument, self.want_repair, last, holes)
         return found
 
+    @property
+    def trade_watches(self) -> list[TradeSync | TradeIds]:
+        """What watches the trades of each instrument, of either kind."""
+        return [*self.trade_syncs.values(), *self.trade_ids.values()]
+
+    def trades_by_id(self, ticker: str) -> TradeIds:
+        """The trades of an instrument where they have ids but no counter; made when it is first asked for."""
+        found = self.trade_ids.get(ticker)
+        if found is None:
+            known, last_time = self._trade_ids_left.pop(ticker, ((), -1))
+            instrument = self.emit.instrument(ticker)
+            found = self.trade_ids[ticker] = TradeIds(self.emit, instrument, self.want_recent, known, last_time)
+        return found
+
+    def want_recent(self, trades: TradeIds) -> None:
+        """The most recent trades of an instrument are wanted, which has no counter to ask for."""
+        raise NotImplementedError(f"{self.NAME} has trades without a counter and does not say how to ask for them")
+
     @abstractmethod
     def want_snapshot(self, book: BookSync) -> None:
         """The book of an instrument needs a snapshot."""
@@ -365,13 +393,15 @@ class Venue(ABC):
         for ticker in dict.fromkeys(stream.ticker for stream in self.streams if stream.feed == "trades"):
             if ticker in self._trades_left:
                 self.trade_sync(ticker)
+            if ticker in self._trade_ids_left:
+                self.trades_by_id(ticker)
 
     def check_tails(self) -> None:
         """Ask for the trades that an ended connection, or an earlier life, may have missed and that no later one tells.
 
         Called once per connection, a while after it opened: by then a busy instrument has shown its hole by itself.
         """
-        for sync in self.trade_syncs.values():
+        for sync in self.trade_watches:
             if sync.unproven:
                 sync.want_tail()
 
@@ -412,6 +442,18 @@ def _trades_left(emit: Emit) -> dict[str, tuple[int, list[tuple[int, int]]]]:
         before = np.flatnonzero(np.diff(seen) > 1)
         holes = [(int(seen[i]) + 1, int(seen[i + 1]) - 1) for i in before[-HOLES_MAX:]]
         left[ring.tickers[code]] = int(seen[-1]), [(a, b) for a, b in holes if b - a < REPAIR_IDS_MAX]
+    return left
+
+
+def _trade_ids_left(emit: Emit) -> dict[str, tuple[list[bytes], int]]:
+    """Newest ids and newest time of the trades without counter that an earlier life left, per instrument."""
+    ring, left = emit.rings.get("trades"), dict[str, tuple[list[bytes], int]]()
+    if ring is None or not ring.next:
+        return left
+    codes, counters, ids, times = ring.recent_columns("ticker", "trade_seq", "trade_id", "timestamp")
+    for code in np.unique(codes[counters < 0]):
+        mine = (codes == code) & (counters < 0)
+        left[ring.tickers[code]] = ids[mine][-TRADE_IDS_KEPT:].tolist(), int(times[mine].max())
     return left
 
 

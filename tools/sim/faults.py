@@ -56,6 +56,9 @@ KINDS: dict[str, Kind] = {
     "future_snapshot": Kind(REQUEST, "a book snapshot newer than everything sent: the streams lag by ms", {"ms": 1000}),
     "cross": Kind(MARKET, "a book event with a bid above the best ask, taken back after ms", {"ms": 300}),
     "renumber": Kind(MARKET, "book messages of a ticker count anew from a lower number, where a venue does that"),
+    "snapshot": Kind(
+        MARKET, "a book snapshot that nobody asked for; anew=1: its numbers begin again as the venue's do", {"anew": 0}
+    ),
     "listing": Kind(MARKET, "the instrument named by ticker= is listed while running"),
 }
 COMMON = {

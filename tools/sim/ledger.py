@@ -14,6 +14,7 @@ Kinds of lines, each with `t` in microseconds of the exchange's clock:
     ticker   ticker and the numbers of one 24 hour statistics message, in the venue's words; those that only an
              occasional subscriber asks for (Deribit's raw ones) while somebody is subscribed to them
     first_ticker  the same, sent to one new subscriber only (where the venue greets with it)
+    liquidation  ticker, side (BUY or SELL, of the forced order), price, qty
     candle   ticker, interval, open_time, open, high, low, close, volume, trades, closed; every closed candle, and the
              open versions while somebody is subscribed to them
     fault    name and what was hit
@@ -47,6 +48,7 @@ class Dialect:
     candle_counts_trades: bool
     intervals: Mapping[str, str]  # interval in the tables -> in the ledger, where they differ
     candle_says_closed: bool = False  # the venue says which version of a candle is the last, without counting trades
+    trades_have_counter: bool = True  # else the rows know a trade by its id only
 
 
 class LedgerWriter:

@@ -236,6 +236,10 @@ class Venue(ABC):
         """Number the messages of a book anew; a venue that never does leaves everything as it is."""
         return
 
+    def resnapshot(self, book: Book, anew: bool) -> None:
+        """Send a snapshot of a book that nobody asked for; a venue without such snapshots does nothing."""
+        return
+
     @abstractmethod
     def listed(self, book: Book, t: int) -> None:
         """A ticker was listed while running."""
@@ -620,6 +624,8 @@ class Exchange:
                 self.ledger.record("listing", ticker=ticker, t=t, instrument=self._described(book))
         elif ticker in self.market.books and fault.name == "renumber":
             self.venue.renumber(self.market.books[ticker])
+        elif ticker in self.market.books and fault.name == "snapshot":
+            self.venue.resnapshot(self.market.books[ticker], bool(fault.number("anew")))
         elif ticker in self.market.books:
             book = self.market.books[ticker]
             self.venue.on_action(book, self.market.cross(ticker, t))

@@ -138,6 +138,10 @@ class Venue(ABC):
 
     # recordings and their playback
 
+    def serves(self, url: str) -> bool:
+        """Whether this URL of a recording can only be this venue's."""
+        return urlsplit(url).hostname in self.hosts
+
     @abstractmethod
     def recognises(self, raw: str) -> bool:
         """Whether this frame can only be this venue's."""
