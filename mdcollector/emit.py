@@ -76,6 +76,9 @@ class Instrument:
 TradeArgs = tuple[
     Instrument, int, int, float, float, int, bytes
 ]  # instrument, timestamp, side, price, qty, trade_seq, trade_id
+CandleArgs = tuple[
+    bytes, int, tuple[float, float, float, float], float, int, bool
+]  # interval, open_time, open high low close, volume, trades, closed
 
 
 class Emit:
@@ -372,13 +375,33 @@ class Emit:
         flags: int = 0,
     ) -> None:
         """One version of a candle; `volume` NaN and `trades` -1 where the venue has none."""
-        if not all(-PRICE_MAX < price < PRICE_MAX for price in ohlc) or not (0 <= volume < QTY_MAX or volume != volume):
-            raise FrameError("absurd_number", f"candle {ohlc} volume={volume}")
-        if not (0 <= timestamp < TIME_MAX_US and 0 < open_time < TIME_MAX_US and -1 <= trades < 1 << 62):
-            raise FrameError("absurd_number", f"candle timestamp={timestamp} open_time={open_time} trades={trades}")
-        if len(interval) > 8:
-            raise FrameError("unknown_interval", interval.decode(errors="replace"))
-        self._append("candles", instrument, timestamp, flags, (closed, interval, open_time, *ohlc, volume, trades))
+        self.candles(instrument, timestamp, [(interval, open_time, ohlc, volume, trades, closed)], flags)
+
+    def candles(self, instrument: Instrument, timestamp: int, candles: Sequence[CandleArgs], flags: int = 0) -> None:
+        """The candles of one message, visible at once; FrameError, and none of them, when a number is impossible."""
+        if not 0 <= timestamp < TIME_MAX_US:
+            raise FrameError("absurd_number", f"candle timestamp={timestamp}")
+        for interval, open_time, ohlc, volume, trades, _ in candles:
+            possible = all(-PRICE_MAX < price < PRICE_MAX for price in ohlc) and (
+                0 <= volume < QTY_MAX or volume != volume
+            )
+            if not (possible and 0 < open_time < TIME_MAX_US and -1 <= trades < 1 << 62):
+                raise FrameError("absurd_number", f"candle {ohlc} {volume=} {open_time=} {trades=}")
+            if len(interval) > 8:
+                raise FrameError("unknown_interval", interval.decode(errors="replace"))
+        ring = self.rings.get("candles")
+        if ring is None:
+            return
+        if not timestamp:
+            timestamp, flags = self.rcv_us, flags | _TIME_LOCAL
+        stage, code, flags = self._stage(), instrument.codes["candles"], flags | _LAST | self._base_flags
+        ring.append_many(
+            [
+                (timestamp, self.rcv_us, self.packet_id, stage, stage, code, self._code, flags,
+                 closed, interval, open_time, *ohlc, volume, trades)
+                for interval, open_time, ohlc, volume, trades, closed in candles
+            ]
+        )  # fmt: skip
 
     def liquidation(self, instrument: Instrument, timestamp: int, side: int, price: float, qty: float) -> None:
         """A forced order."""
