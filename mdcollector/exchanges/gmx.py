@@ -370,7 +370,7 @@ class Gmx(Venue):
             series.horizon = rows[len(wanted)][0] if len(rows) > len(wanted) else -1
         series.answered = True
         batch: list[CandleArgs] = []
-        for at, ohlc in reversed(rows):
+        for at, ohlc in reversed(rows[1:] if late else rows):  # a late host calls open what has ended since
             closed, before = at < latest, series.known.get(at)
             if before is None:
                 if at <= series.horizon:

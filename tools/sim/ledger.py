@@ -45,6 +45,7 @@ class Dialect:
     candle_has_time: bool
     candle_counts_trades: bool
     intervals: Mapping[str, str]  # interval in the tables -> in the ledger, where they differ
+    polled: bool = False  # tables hold what polls happened to see: every closed candle, but not every version or price
 
 
 class LedgerWriter:
