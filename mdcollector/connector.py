@@ -604,6 +604,7 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
         intervals=tuple(settings.intervals),
         backfill=settings.backfill,
         poll_s=settings.poll_s,
+        late_s=settings.late_s,
         credentials=config.credentials(kind.NAME, kind.CREDENTIALS, settings.credentials_file),
     )
 

@@ -247,8 +247,8 @@ class Fetcher:
 
     @property
     def is_down(self) -> bool:
-        """No host has answered."""
-        return self.failures >= len(self._bases)
+        """No host has answered, twice in turn."""
+        return self.failures >= 2 * len(self._bases)
 
     @property
     def waiting(self) -> int:
@@ -286,8 +286,8 @@ class Fetcher:
                 if answered is None or not answered():
                     self.want(fetch)  # again, behind the others
                 on_answer()
-                if answered is None and self.is_down:
-                    rounds = min(self.failures // len(self._bases), 30)
+                rounds = min(self.failures // len(self._bases), 30)
+                if answered is None and rounds:
                     await asyncio.sleep(random.uniform(0, min(self._wait_most_s, 0.5 * 2.0**rounds)))  # noqa: S311 (jitter)
 
     async def _one(self, session: aiohttp.ClientSession, fetch: Fetch) -> Callable[[], bool] | None:

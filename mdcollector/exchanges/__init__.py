@@ -118,6 +118,7 @@ class Options(msgspec.Struct, kw_only=True):
     intervals: tuple[str, ...] = ("1m",)
     backfill: int = 1000  # closed candles of each interval that are fetched at the start, where the venue is polled
     poll_s: float = 0.0  # between two requests for the same thing, where the venue is polled; 0 = the venue's default
+    late_s: float = 120.0  # an answer of a polled venue that is older is not believed to be the newest; 0 = any age
     book_interval: str = ""  # "" = the venue's default
     credentials: Mapping[str, str] = msgspec.field(default_factory=dict)
 

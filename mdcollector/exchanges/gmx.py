@@ -41,7 +41,6 @@ STAGGER_NS = 200_000_000  # between the first requests of two candle streams, an
 LIMIT_MAX = 10_000  # candles of one answer; deeper history is not served
 LOOKBACK = 10  # closed candles that every answer brings again, to notice those that were revised
 KNOWN_MAX = 200  # candles whose published version is kept; older ones count as published
-LATE_S = 120  # a candle that ended so long ago without a successor, or a price of that age: the host is behind
 AHEAD_MAX_S = 3600  # a candle that begins later than this from now is a broken answer
 HOST_PATIENCE_NS = 10_000_000_000  # without any answer that is up to date, then another host is asked
 TOLERANCE = 0.05  # between a token's price and the close of its latest 1m candle, to tell the decimal rule
@@ -308,8 +307,9 @@ class Gmx(Venue):
             self.wants.append(Reconnect(f"nothing is up to date: {why}", overlap=True))
 
     def _is_late(self, at_s: float) -> bool:
-        """Whether something is too old to be the newest; a recording says what was so when it was made."""
-        return not self.open_world and at_s + LATE_S < self.emit.rcv_us / 1_000_000
+        """Whether a candle that ended then without a successor, or a price of then, says that the host is behind."""
+        late_s = 0 if self.open_world else self.options.late_s  # a recording says what was so when it was made
+        return bool(late_s) and at_s + late_s < self.emit.rcv_us / 1_000_000
 
     # Candles
 
