@@ -41,6 +41,9 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     book_interval: str = ""  # "" = the venue's default
     intervals: list[str] = msgspec.field(default_factory=lambda: ["1m"])  # of candles
     trade_channel: str = ""  # where a venue has several; "" = its default
+    backfill: int = 1000  # closed candles of each interval fetched at the start, where the venue is polled
+    poll_s: float = 0.0  # between two requests for the same thing, where the venue is polled; 0 = the venue's default
+    late_s: float = 120.0  # an answer of a polled venue that is older is not believed to be the newest; 0 = any age
     rest_fallbacks: list[str] = msgspec.field(default_factory=list)  # asked in turn when one does not answer
     stale_s: float = 0.0  # a connection without data for so long is given up; 0 = the venue's default
     lifetime_s: float = 0.0  # a connection is replaced after so long; 0 = before the venue ends it
@@ -233,6 +236,9 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
         if value and not (value.startswith(schemes) and _host(value)):
             raise ConfigError(f"{where}.{key} = {value!r}: expected {' or '.join(schemes)} and a host")
     _check_range(f"{where}.book_depth", connector.book_depth, 0, 5000)
+    _check_range(f"{where}.backfill", connector.backfill, 0, 10_000)
+    _check_range(f"{where}.poll_s", connector.poll_s, 0, 3600)
+    _check_range(f"{where}.late_s", connector.late_s, 0, 86_400)
     _check_range(f"{where}.stale_s", connector.stale_s, 0, 86_400)
     _check_range(f"{where}.lifetime_s", connector.lifetime_s, 0, 7 * 86_400)
     _check_range(f"{where}.reconnect_most_s", connector.reconnect_most_s, 0.1, 3600)

@@ -29,7 +29,7 @@ from mdcollector.errors import ConfigError, Disconnected, RateLimited, Stale
 from mdcollector.exchanges import Fetch, Options, Reconnect, Stream, Venue, venue_class
 from mdcollector.records import GAPS
 from mdcollector.stats import StatsWriter
-from mdcollector.transport import Fetcher, Leg, open_leg, tls_context
+from mdcollector.transport import HTTP_TRIES, Fetcher, Leg, open_leg, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +127,15 @@ class Connector:
         limits, budgets, family = kind.LIMITS, rings / "_budgets", kind.FAMILY or kind.NAME
         self._connects = Budget(budgets / f"{family}-connects", *limits.connects)
         weight = Budget(budgets / f"{family}-weight", limits.weight[0] * WEIGHT_SHARE, limits.weight[1])
-        self._fetcher = Fetcher(self.emit, self.venue, rest_urls, weight, self._tls)
+        self._polled = not kind.WS_URL
+        tries = 1 if self._polled else HTTP_TRIES  # polls come again by themselves, the next host may answer at once
+        self._fetcher = Fetcher(
+            self.emit, self.venue, rest_urls, weight, self._tls, tries=tries, wait_most_s=settings.reconnect_most_s
+        )
         self._messages: Budget | None = None
         if limits.messages_per_ip[0]:
             self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
-        self._polled = not kind.WS_URL
+        self._answering = False  # a polled venue has answered since it was last given up
         self._stats = StatsWriter(self.emit.directory)
         self._leg: Leg | None = None
         self._reconnect: Reconnect | None = None
@@ -159,7 +163,7 @@ class Connector:
         gc.disable()  # nothing on the hot path makes cycles; a collection would stall it
         tasks = [
             loop.create_task(self._poll() if self._polled else self._keep_connected()),
-            loop.create_task(self._fetcher.run(self._carry_out_current)),
+            loop.create_task(self._fetcher.run(self._carry_out_current, self._before_answer)),
             loop.create_task(self._tick_for_ever()),
         ]
         stopped = loop.create_task(self.stop.wait())
@@ -197,26 +201,56 @@ class Connector:
             await asyncio.sleep(wait_s + self._jitter_s())
 
     async def _poll(self) -> None:
-        """The life of a venue without WebSocket: it wants requests; without rows for long, another host is asked."""
-        stale_s = self.settings.stale_s or self._limits.stale_s
+        """The life of a venue without WebSocket: connected while it answers, stale when no answer is up to date.
+
+        Pauses are the fetcher's: requests go on all the time, and what ends here begins anew with the next answer.
+        """
         while True:
-            self._state, self._data_ns, self._flowing_since_ns = "polling", time.time_ns(), 0
+            self._state, self._answering, self._flowing_since_ns = "connecting", False, 0
+            opened_ns = time.time_ns()
             for stream in self.venue.proof.values():
-                stream.requested_ns = time.time_ns()
-            self.emit.counters["connections"] += 1
+                stream.requested_ns = opened_ns
             self.venue.opened()
             self._carry_out(None)
-            self._tell_holes()
-            while time.time_ns() - self._data_ns < stale_s * 1e9 and self._reconnect is None:
-                self._woken.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), TICK_S)
-            cause = f"no data for {stale_s:g} s" if self._reconnect is None else self._reconnect.cause
-            self._note(Stale(cause), "stale")
-            self._reconnect = None
-            self._fetcher.next_host()
+            try:
+                await self._watch_answers(opened_ns)
+            except Stale as error:
+                self._note(error, "stale")
+                self._fetcher.next_host()
+            except Disconnected as error:
+                self._note(error, "disconnected")
             self._hold_on("reconnect")
-            await asyncio.sleep(self._jitter_s())
+
+    async def _watch_answers(self, opened_ns: int) -> None:
+        """Raises Disconnected when no host answers any more, Stale when none has anything fresh, or as the venue wants."""
+        stale_s, switch_at = self.settings.stale_s or self._limits.stale_s, 0.0
+        while True:
+            self._woken.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), TICK_S)
+            if self._fetcher.is_down:
+                if self._answering:
+                    raise Disconnected(self._fetcher.last_failure)
+                self._last_error = self._fetcher.last_failure
+            # An answer that is up to date proves its streams anew, also where a price did not move and no row came.
+            fresh_ns = max((state.acknowledged_ns for state in self.venue.proof.values()), default=0)
+            if time.time_ns() - max(opened_ns, self._data_ns, fresh_ns) > stale_s * 1e9:
+                raise Stale(f"no fresh answer for {stale_s:g} s")
+            wanted, self._reconnect = self._reconnect, None
+            if wanted is not None and not wanted.overlap:
+                await asyncio.sleep(wanted.wait_s + self._jitter_s())
+                raise Disconnected(wanted.cause)
+            if wanted is not None and time.monotonic() > switch_at:
+                self._note(Stale(wanted.cause), "host_behind")
+                self._fetcher.next_host()
+                switch_at = time.monotonic() + self._jitter_s()
+
+    def _before_answer(self) -> None:
+        """The first answer of a polled venue, before its rows: what was missed until now is told ahead of them."""
+        if self._polled and not self._answering:
+            self._answering, self._state = True, "connected"
+            self.emit.counters["connections"] += 1
+            self._tell_holes()
 
     def _jitter_s(self) -> float:
         """The wait before the next attempt: full jitter below a cap that doubles with each attempt."""
@@ -382,7 +416,7 @@ class Connector:
     async def _shut_down(self) -> None:
         """Say goodbye to the venue, publish what is held, close the rings."""
         self._state = "stopped"
-        if self._leg is not None:
+        if self._leg is not None or self._answering:
             self._tell_holes()
         if self._leg is not None and not self._leg.closed.is_set():
             for text in self.venue.closing():
@@ -575,6 +609,9 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
         book_interval=settings.book_interval,
         intervals=tuple(settings.intervals),
         trade_channel=settings.trade_channel,
+        backfill=settings.backfill,
+        poll_s=settings.poll_s,
+        late_s=settings.late_s,
         credentials=config.credentials(kind.NAME, kind.CREDENTIALS, settings.credentials_file),
     )
 

@@ -84,6 +84,9 @@ class Instrument:
 TradeArgs = tuple[
     Instrument, int, int, float, float, int, bytes
 ]  # instrument, timestamp, side, price, qty, trade_seq, trade_id
+CandleArgs = tuple[
+    bytes, int, tuple[float, float, float, float], float, int, bool
+]  # interval, open_time, open high low close, volume, trades, closed
 
 
 class Emit:
@@ -415,8 +418,25 @@ class Emit:
         flags: int = 0,
     ) -> None:
         """One version of a candle; `volume` NaN and `trades` -1 where the venue has none."""
-        self.check_candle(timestamp, interval, open_time, ohlc, volume, trades)
-        self._append("candles", instrument, timestamp, flags, (closed, interval, open_time, *ohlc, volume, trades))
+        self.candles(instrument, timestamp, [(interval, open_time, ohlc, volume, trades, closed)], flags)
+
+    def candles(self, instrument: Instrument, timestamp: int, candles: Sequence[CandleArgs], flags: int = 0) -> None:
+        """The candles of one message, visible at once; FrameError, and none of them, when a number is impossible."""
+        for interval, open_time, ohlc, volume, trades, _ in candles:
+            self.check_candle(timestamp, interval, open_time, ohlc, volume, trades)
+        ring = self.rings.get("candles")
+        if ring is None:
+            return
+        if not timestamp:
+            timestamp, flags = self.rcv_us, flags | _TIME_LOCAL
+        stage, code, flags = self._stage(), instrument.codes["candles"], flags | _LAST | self._base_flags
+        ring.append_many(
+            [
+                (timestamp, self.rcv_us, self.packet_id, stage, stage, code, self._code, flags,
+                 closed, interval, open_time, *ohlc, volume, trades)
+                for interval, open_time, ohlc, volume, trades, closed in candles
+            ]
+        )  # fmt: skip
 
     def check_candle(
         self,

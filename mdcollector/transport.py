@@ -6,6 +6,7 @@ off wanted URLs within the venue's weight budget and turns what goes wrong into 
 """
 
 import asyncio
+import random
 import socket
 import ssl
 import time
@@ -194,7 +195,7 @@ def tls_context(ca_file: Path | None) -> ssl.SSLContext:
 
 
 async def get(
-    session: aiohttp.ClientSession, url: str, rate_limited: Mapping[int, float] | None = None
+    session: aiohttp.ClientSession, url: str, rate_limited: Mapping[int, float] | None = None, tries: int = HTTP_TRIES
 ) -> tuple[int, bytes]:
     """GET with retries of what is no answer (connection errors, timeouts, 5xx).
 
@@ -205,7 +206,7 @@ async def get(
     async for attempt in tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type((aiohttp.ClientError, TimeoutError, Disconnected)),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        stop=tenacity.stop_after_attempt(HTTP_TRIES),
+        stop=tenacity.stop_after_attempt(tries),
         reraise=True,
     ):
         with attempt:
@@ -232,17 +233,37 @@ def open_session(tls: ssl.SSLContext | None, headers: Mapping[str, str] | None =
 
 
 class Fetcher:
-    """Fetches what a venue wants, one at a time, in order, within the weight that this machine's IP address has."""
+    """Fetches what a venue wants, one at a time, in order, within the weight that this machine's IP address has.
+
+    `tries` of a request on one host, then the next host is asked. After a round in which no host answered it waits, up
+    to `wait_most_s` and longer each time, with full jitter.
+    """
 
     def __init__(
-        self, emit: Emit, venue: Venue, rest_urls: Sequence[str], budget: Budget, tls: ssl.SSLContext | None
+        self,
+        emit: Emit,
+        venue: Venue,
+        rest_urls: Sequence[str],
+        budget: Budget,
+        tls: ssl.SSLContext | None,
+        *,
+        tries: int = HTTP_TRIES,
+        wait_most_s: float = 30.0,
     ) -> None:
+        self._tries, self._wait_most_s = tries, wait_most_s
         self._emit, self._venue, self._budget, self._tls = emit, venue, budget, tls
         self._bases = deque(url.rstrip("/") for url in rest_urls)
         self._waiting: dict[str, Fetch] = {}
         self._broken: Counter[str] = Counter()  # answers in a row that could not be read
         self._news = asyncio.Event()
         self.blocked_until_ns = 0
+        self.failures = 0  # requests in a row without an answer
+        self.last_failure = ""
+
+    @property
+    def is_down(self) -> bool:
+        """No host has answered, twice in turn."""
+        return self.failures >= 2 * len(self._bases)
 
     @property
     def waiting(self) -> int:
@@ -264,8 +285,8 @@ class Fetcher:
         self._waiting.setdefault(fetch.key, fetch)
         self._news.set()
 
-    async def run(self, on_answer: Callable[[], None]) -> None:
-        """Work off what is wanted, for ever."""
+    async def run(self, on_answer: Callable[[], None], before_answer: Callable[[], None]) -> None:
+        """Work off what is wanted, for ever. `before_answer` is called before the venue takes one, `on_answer` after."""
         async with open_session(self._tls, self._venue.HTTP_HEADERS) as session:
             while True:
                 while not self._waiting:
@@ -275,9 +296,14 @@ class Fetcher:
                 await self._budget.spend(fetch.weight)
                 answered = await self._one(session, fetch)
                 del self._waiting[key]
+                if answered is not None:
+                    before_answer()
                 if answered is None or not answered():
                     self.want(fetch)  # again, behind the others
                 on_answer()
+                rounds = min(self.failures // len(self._bases), 30)
+                if answered is None and rounds:
+                    await asyncio.sleep(random.uniform(0, min(self._wait_most_s, 0.5 * 2.0**rounds)))  # noqa: S311 (jitter)
 
     def _hold(self, error: RateLimited) -> None:
         """No connector of this machine asks before the time that the venue gave."""
@@ -290,15 +316,17 @@ class Fetcher:
         emit, url = self._emit, self._bases[0] + fetch.path
         emit.counters["http_requests"] += 1
         try:
-            status, body = await get(session, url, self._venue.RATE_LIMITED)
+            status, body = await get(session, url, self._venue.RATE_LIMITED, self._tries)
         except RateLimited as error:
             self._hold(error)
             return None
         except (aiohttp.ClientError, TimeoutError, Disconnected) as error:
             emit.counters["http_failed"] += 1
-            emit.samples["http_failed"] = f"{url}: {type(error).__name__}: {error}"
+            self.failures += 1
+            self.last_failure = emit.samples["http_failed"] = f"{url}: {type(error).__name__}: {error}"
             self.next_host()
             return None
+        self.failures = 0
 
         def deliver() -> bool:
             emit.packet(time.time_ns(), emit.clock())
@@ -317,6 +345,7 @@ class Fetcher:
             except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 emit.refused_error(error, body)
                 self._broken[fetch.key] += 1
+                self.next_host()
                 if self._broken[fetch.key] < HTTP_TRIES:
                     return False
                 self._venue.http_failed(fetch, status, body)

@@ -6,6 +6,7 @@ the connector's decoder, and only reads the rings.
 
 import asyncio
 import csv
+import itertools
 import logging
 import math
 import random
@@ -18,7 +19,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl, urlsplit
 
+import aiohttp
 import click
 import msgspec
 import numpy as np
@@ -29,8 +32,19 @@ from mdcollector import logs
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnected, RingError
 from mdcollector.records import Flag
 from mdcollector.ring import RingReader, ring_dir
-from tools.live import LiveFeed, log_options, stop_on_signals
-from tools.venues import BookChange, Quote, Seen, Trade, Venue, load_venue, text_of, venue_names
+from tools.live import USER_AGENT, LiveFeed, fetch, log_options, stop_on_signals
+from tools.venues import (
+    CANDLES_COMPARED,
+    BookChange,
+    Candle,
+    Quote,
+    Seen,
+    Trade,
+    Venue,
+    load_venue,
+    text_of,
+    venue_names,
+)
 
 PENDING_MAX = 500_000  # rows of both sides that wait for their counterpart; beyond it the oldest are judged at once
 RECENT_IDS = 256  # matched ids that are remembered per instrument and feed, to tell a duplicate from an extra row
@@ -367,8 +381,8 @@ def difference(own: Values, ring: Values) -> tuple[str, str]:
 class OwnSide:
     """Connections of our own, reconnected with backoff; every decoded event goes to its matcher."""
 
-    def __init__(self, venue: Venue, report: Report, feeds: list[str], tickers: list[str], ws_url: str) -> None:
-        self._venue, self._report, self._ws_url = venue, report, ws_url
+    def __init__(self, venue: Venue, report: Report, feeds: list[str], tickers: list[str], url: str) -> None:
+        self._venue, self._report, self._url = venue, report, url.rstrip("/")
         self._tickers = {ticker.lower() for ticker in tickers}
         streams, size = venue.streams_for(tickers, feeds), venue.streams_per_connection
         self._chunks = [streams[i : i + size] for i in range(0, len(streams), size)]
@@ -379,6 +393,9 @@ class OwnSide:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set; Disconnected when the venue cannot be reached any more."""
+        if not self._venue.ws_url:
+            await self._keep_polling(stop)
+            return
         tasks = [
             asyncio.ensure_future(self._keep_connected(f"ws{number}", streams, stop))
             for number, streams in enumerate(self._chunks, 1)
@@ -396,7 +413,7 @@ class OwnSide:
         failures = 0
         while not stop.is_set():
             frames_before = self.frames
-            feed = LiveFeed(self._venue, conn, streams, self._ws_url, self._on_frame)
+            feed = LiveFeed(self._venue, conn, streams, self._url, self._on_frame)
             error: Disconnected | None = None
             try:
                 await feed.run(stop, lambda: self._on_ready(conn))
@@ -410,11 +427,48 @@ class OwnSide:
             self.disconnects += 1
             failures = 0 if self.frames > frames_before else failures + 1
             if failures >= RECONNECTS_MAX:
-                raise error or Disconnected(f"{self._ws_url}: closes every connection before it sends anything")
+                raise error or Disconnected(f"{self._url}: closes every connection before it sends anything")
             log.warning("%s: own connection lost%s", conn, f": {error}" if error else "")
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(0.1, min(BACKOFF_S_MAX, 0.5 * 2**failures))):
                     await stop.wait()
+
+    async def _keep_polling(self, stop: asyncio.Event) -> None:
+        """A venue without WebSocket: ask in turn for what is due."""
+        polls = {stream: self._venue.poll(stream, True) for stream in itertools.chain.from_iterable(self._chunks)}
+        due_s, failures = dict.fromkeys(polls, 0.0), 0
+        async with aiohttp.ClientSession(headers={"User-Agent": USER_AGENT}) as http:
+            while not stop.is_set():
+                stream = min(due_s, key=lambda name: due_s[name])
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, due_s[stream] - time.monotonic())):
+                        await stop.wait()
+                        return
+                try:
+                    t, body = await fetch(http, self._url + polls[stream].path)
+                except Disconnected as error:
+                    failures += 1
+                    if failures >= RECONNECTS_MAX:
+                        raise
+                    log.warning("%s", error)
+                    due_s[stream] = time.monotonic() + min(BACKOFF_S_MAX, 0.5 * 2**failures)
+                    continue
+                failures = 0
+                self._on_body(polls[stream].path, t, body)
+                polls[stream] = self._venue.poll(stream, False)
+                due_s[stream] = time.monotonic() + polls[stream].every_s
+                if all(due_s.values()):
+                    self._on_ready("ws1")
+
+    def _on_body(self, path: str, t: int, body: str) -> None:
+        self.frames += 1
+        parts = urlsplit(path)
+        try:
+            for seen in self._venue.decode_body(parts.path, dict(parse_qsl(parts.query)), body):
+                self._take(seen, t // 1000)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            self.unreadable += 1
+            log.debug("%s: an answer cannot be read: %r: %.200s", path, error, body)
 
     def _on_ready(self, conn: str) -> None:
         now_us = time.time_ns() // 1000
@@ -451,6 +505,9 @@ class OwnSide:
         elif isinstance(seen, Quote):
             waiting = Waiting(seen.order, seen.values, seen.time_us, rcv_us)
             self._report.matcher("bbo", seen.ticker).own(str(seen.order), waiting, -1)
+        elif isinstance(seen, Candle):
+            waiting = Waiting(seen.open_us, seen.values, -1, rcv_us)
+            self._report.matcher("candles", seen.ticker).own(f"{seen.interval} {seen.open_us}", waiting, -1)
 
 
 # the ring side
@@ -467,6 +524,7 @@ class RingSide:
         self._lapped_before = 0
         self._skip_to_last = seek == "oldest" and self._reader.position > 0
         self._levels: list[tuple[int, float, float]] = []
+        self._candles: OrderedDict[tuple[str, str], Values] = OrderedDict()  # closed ones that were handed over
 
     @property
     def lapped(self) -> int:
@@ -514,12 +572,31 @@ class RingSide:
         elif self._feed == "bbo":
             values = (row["bid_price"], row["bid_qty"], row["ask_price"], row["ask_qty"])
             self._report.matcher("bbo", ticker).ring(str(row["update_id"]), _waiting(row["update_id"], values, row))
+        elif self._feed == "candles":
+            self._hand_over_candle(ticker, row)
         else:
             hole = Hole(
                 row["feed"].decode(), row["first_id"], row["last_id"], row["from_time"], row["to_time"],
                 row["cause"].decode(),
             )  # fmt: skip
             self._report.hole(ticker, hole)
+
+    def _hand_over_candle(self, ticker: str, row: dict[str, Any]) -> None:
+        """Closed candles, each once; a version that the venue revised later is told as explained."""
+        if not row["closed"] or row["interval"].decode() != CANDLES_COMPARED:
+            return
+        key = f"{row['interval'].decode()} {row['open_time']}"
+        values = (row["open"], row["high"], row["low"], row["close"])
+        matcher, waiting = self._report.matcher("candles", ticker), _waiting(row["open_time"], values, row)
+        before = self._candles.get((ticker, key))
+        if before is not None and before != values:
+            matcher.count.explained += 1
+            self._report.detail(matcher, "revised", key, None, waiting, "revised")
+            return
+        self._candles[ticker, key] = values
+        if len(self._candles) > RECENT_IDS:
+            self._candles.popitem(last=False)
+        matcher.ring(key, waiting)
 
     def _hand_over_level(self, ticker: str, row: dict[str, Any]) -> None:
         is_last = bool(row["flags"] & Flag.LAST)
@@ -639,9 +716,7 @@ class Settings:
 class Comparison:
     """One run: both sides read at the same time, then judged."""
 
-    def __init__(
-        self, venue: Venue, rings: Rings, tickers: list[str], out: Path, ws_url: str, settings: Settings
-    ) -> None:
+    def __init__(self, venue: Venue, rings: Rings, tickers: list[str], out: Path, url: str, settings: Settings) -> None:
         self._venue, self._settings, self._out = venue, settings, out
         self.tickers = tickers
         self.live = Live(int(settings.edge_s * 1e6))
@@ -649,7 +724,7 @@ class Comparison:
         self.feeds = rings.feeds
         ring_feeds = [*rings.feeds, "gaps"] if (rings.directory / "gaps.meta").exists() else rings.feeds
         self._ring_sides = [RingSide(rings.directory, f, tickers, self.report, settings.seek) for f in ring_feeds]
-        self._own_side = OwnSide(venue, self.report, rings.feeds, tickers, ws_url)
+        self._own_side = OwnSide(venue, self.report, rings.feeds, tickers, url)
         self.error = ""
 
     async def run(self) -> None:
@@ -769,7 +844,7 @@ class Comparison:
             "explained": sum(r["explained"] for r in rows),
             "tickers": len(self.tickers),
             "feeds": by_feed,
-            "not_compared": [f for f in ("trades", "orderbook_l2", "bbo") if f not in self.feeds],
+            "not_compared": [f for f in _comparable(self._venue) if f not in self.feeds],
             "window": "per instrument and feed from the first to the last id that both sides showed",
             "ring_rows_lapped": self.lapped,
             "own_frames": self._own_side.frames,
@@ -779,6 +854,10 @@ class Comparison:
             "error": self.error,
             "out": str(self._out),
         }
+
+
+def _comparable(venue: Venue) -> tuple[str, ...]:
+    return ("trades", "orderbook_l2", "bbo") if venue.ws_url else venue.compared
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -828,7 +907,7 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     "--rings", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory of all rings."
 )
 @click.option("--connector", help="Its name; default: the only one of this exchange.")
-@click.option("--feeds", help="By comma; default: those of trades, orderbook_l2, bbo that exist and carry ids.")
+@click.option("--feeds", help="By comma; default: those that exist and carry ids (of a polled venue: candles).")
 @click.option("--filters", type=click.Path(dir_okay=False, path_type=Path),
               help='JSON: {"symbols": [patterns], "exchanges": [names]}.')  # fmt: skip
 @click.option(
@@ -842,7 +921,7 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 @click.option("--seek", type=click.Choice(["newest", "oldest"]), default="newest", show_default=True,
               help="Where in the rings to begin.")  # fmt: skip
 @click.option("--ws-url", help="Default: the venue's.")
-@click.option("--rest-url", help="Accepted for symmetry with the other commands; the comparison needs no REST.")
+@click.option("--rest-url", help="Default: the venue's. Only a polled venue is asked over REST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of the table.")
 @log_options
 def main(
@@ -863,7 +942,7 @@ def main(
     """Hold the rings of a connector against the feed of EXCHANGE, for TICKER... or all instruments of the rings.
 
     Trades are matched by trade id, books message by message by update id, quotes by update id where the venue gives
-    one. What counts lies between the first and the last id that both sides showed, or was received while both were
+    one, closed candles of a polled venue by interval and open time. What counts lies between the first and the last id that both sides showed, or was received while both were
     surely live (--edge). Rows fetched over REST (REPAIRED) and differences that a row of the ring `gaps`, or a new
     snapshot after a gap, tells of are counted as explained. Books can be compared only if the connector uses the same
     interval as the public channels that this command subscribes.
@@ -873,8 +952,9 @@ def main(
     """
     logs.set_up(log_level, log_format)
     venue = load_venue(exchange)
+    url = ws_url or venue.ws_url if venue.ws_url else rest_url or venue.rest_url
     try:
-        comparison = _prepare(venue, tickers, rings, connector, feeds, filters, out, ws_url, Settings(**settings))
+        comparison = _prepare(venue, tickers, rings, connector, feeds, filters, out, url, Settings(**settings))
         asyncio.run(comparison.run())
     except (WrongUse, RingError) as error:
         _fail(str(error))
@@ -896,7 +976,7 @@ def _prepare(
     feeds: str | None,
     filters: Path | None,
     out: Path,
-    ws_url: str | None,
+    url: str,
     settings: Settings,
 ) -> Comparison:
     chosen = [feed for feed in feeds.split(",") if feed] if feeds else None
@@ -914,7 +994,7 @@ def _prepare(
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return Comparison(venue, found, wanted, out, ws_url or venue.ws_url, settings)
+        return Comparison(venue, found, wanted, out, url, settings)
     except OSError as error:
         raise WrongUse(f"{out}: {error}") from error
 

@@ -10,7 +10,8 @@ dictionaries, the tables are read with pyarrow, and every rule is written here a
                 named by `gaps`, or lies before the snapshot that ended the hole. Only rows flagged UNPROVEN stand in
                 no book: they are the exchange's, and nothing but a snapshot or the end follows them
     bbo, tickers, candles
-                rows are the exchange's, in its order; a missing one lies in the time of a hole that `gaps` records
+                rows are the exchange's, in its order; a missing one lies in the time of a hole that `gaps` records, or
+                lay between two polls of a polled venue, of which only every closed candle must be there
     rings       tables have the very rows of the rings, seq_ids without a hole up to what was published
 """
 
@@ -436,7 +437,7 @@ class _Comparison:
         has_time, counts = self.dialect.candle_has_time, self.dialect.candle_counts_trades
 
         def of_truth(real: Row) -> tuple[Any, ...]:
-            ohlcv = (float(real[k]) for k in ("open", "high", "low", "close", "volume"))
+            ohlcv = (None if real[k] is None else float(real[k]) for k in ("open", "high", "low", "close", "volume"))
             times = real["open_time"], self._time(real["t"]) if has_time else None
             return (*times, *ohlcv, real["trades"] if counts else None)
 
@@ -448,6 +449,9 @@ class _Comparison:
             name = self.dialect.intervals.get(interval, interval)
             truth = [real for real in self.truth.rows("candle", ticker) if real["interval"] == name]
             mine = [row for row in rows if row["interval"] == interval]
+            if self.dialect.polled:
+                self._polled_candles(f"{ticker} {interval}", mine, truth, of_row, of_truth)
+                continue
             closed = [(of_truth(real), real["t"]) for real in truth if real["closed"]]
             if counts or self.dialect.candle_says_closed:
                 opened = [(of_truth(real), real["t"]) for real in truth if not real["closed"]]
@@ -475,6 +479,38 @@ class _Comparison:
         mine = [((row["timestamp"], row["side"], row["price"], row["qty"]), row) for row in rows]
         self._in_order("liquidations", connector, ticker, mine, truth)
 
+    def _polled_candles(
+        self,
+        where: str,
+        rows: Sequence[Row],
+        truth: Sequence[Row],
+        of_row: Callable[[Row], tuple[Any, ...]],
+        of_truth: Callable[[Row], tuple[Any, ...]],
+    ) -> None:
+        """Of each candle some versions in the exchange's order; of those that are closed each one, and the last version."""
+        real_of, mine_of = defaultdict[int, list[Row]](list), defaultdict[int, list[Row]](list)
+        for real in truth:
+            real_of[real["open_time"]].append(real)
+        for row in rows:
+            mine_of[row["open_time"]].append(row)
+        for open_time, mine in mine_of.items():
+            keys, reached = [(of_truth(real), real["closed"]) for real in real_of[open_time]], -1
+            for row in mine:
+                found = [n for n, key in enumerate(keys) if n > reached and key == (of_row(row), row["closed"])]
+                if found:
+                    reached = found[0]
+                    self.proof.feeds["candles"].equal += 1
+                else:
+                    self.proof.differ(
+                        "candles", f"{where} seq_id {row['seq_id']} {of_row(row)}: not the exchange's now"
+                    )
+        done = [open_time for open_time, mine in mine_of.items() if mine[-1]["closed"]]
+        for open_time in (t for t in real_of if done and min(done) <= t <= max(done)):
+            last = next((real for real in reversed(real_of[open_time]) if real["closed"]), None)
+            mine = mine_of.get(open_time, [])
+            if last is not None and not (mine and mine[-1]["closed"] and of_row(mine[-1]) == of_truth(last)):
+                self.proof.differ("candles", f"{where} {open_time}: its closed version is missing, or not the last one")
+
     def _times_local(self, feed: str, ticker: str, rows: Sequence[Row]) -> None:
         for row in rows:
             if row["timestamp"] != row["rcv_timestamp"] or not row["flags"] & TIME_LOCAL:
@@ -501,11 +537,11 @@ class _Comparison:
                 self.proof.differ(feed, f"{ticker} seq_id {row['seq_id']} {key}: {why}")
                 continue
             place = known[behind]
-            if reached >= 0:
+            if reached >= 0 and not self.dialect.polled:
                 self._between(feed, ticker, holes, truth[reached + 1 : place])
             reached = place
             self.proof.feeds[feed].equal += 1
-        if self.to_end and rows:
+        if self.to_end and rows and not self.dialect.polled:
             self._between(feed, ticker, holes, truth[reached + 1 :])
 
     def _between(self, feed: str, ticker: str, holes: _Holes, missing: Sequence[tuple[tuple[Any, ...], int]]) -> None:

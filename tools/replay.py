@@ -35,6 +35,7 @@ CLOSE_S_MAX = 30.0  # a client that still has a full buffer to read may answer a
 STOP_S_MAX = 5.0  # the same after SIGTERM, where waiting for slow clients is not wanted
 HEARTBEAT_TICK_S = (0.02, 1.0)
 NAMED_REQUESTS_MAX = 100
+POLLED_FEEDS = ("candles", "tickers")  # what `record` takes of a polled venue
 PROBED_FRAMES_MAX = 1000  # frames that are looked at to tell the venue
 
 log = logging.getLogger("mdreplay")
@@ -100,7 +101,7 @@ class Source:
                 else:
                     recorded.frames += 1
                     recorded.streams[stream] += 1
-        if not recorded.frames:
+        if not recorded.frames and (venue.ws_url or not recorded.bodies):
             raise ReplayError("the recordings hold no data frame")
         return recorded
 
@@ -149,6 +150,9 @@ class Replay:
     def __init__(self, source: Source, venue: Venue, settings: Settings) -> None:
         self._source, self._venue, self._settings = source, venue, settings
         self._recorded = source.scan(venue)
+        self._polled = not venue.ws_url
+        if self._polled and settings.speed is None:
+            raise ReplayError(f"{venue.exchange} is polled: what is answered depends on the time; give a --speed")
         self._clients: dict[Client, None] = {}
         self._routes: dict[str, list[Client]] = {}
         self._changed = asyncio.Event()
@@ -225,7 +229,10 @@ class Replay:
         for position, entry in enumerate(self._source.entries()):
             self._recorded.position = position
             stream = self._venue.stream_of(entry.raw) if entry.dir == "in" else None
-            if stream is not None:
+            if self._polled:
+                await self._wait_until_due(entry.t)
+                self.tally.played += entry.dir == "http"
+            elif stream is not None:
                 if not self._subscribed():  # nobody is there: the recording waits, a venue would not
                     await self._wait_for_clients(1)
                     self._start_t = 0
@@ -267,6 +274,8 @@ class Replay:
         self._blocked = None
 
     def _subscribed(self) -> int:
+        if self._polled:  # whoever asked for something
+            return self.tally.rest_answered
         return sum(1 for client in self._clients if client.session.streams)
 
     async def _wait_for_clients(self, count: int) -> None:
@@ -315,6 +324,8 @@ class Replay:
         answer = self._venue.rest(request.path, query, self._recorded) if request.method == "GET" else None
         if answer is not None:
             self.tally.rest_answered += 1
+            if self._polled and self.tally.rest_answered == 1:
+                self._note_change()
         else:
             answer = self._venue.refusal(request.path, query, self._recorded)
             self._note_unanswered(f"{request.method} {request.path_qs}")
@@ -408,8 +419,10 @@ class Replay:
 class Recorder:
     """Writes what one venue sends, with its requests and answers, to one recording."""
 
-    def __init__(self, venue: Venue, writer: RecordingWriter, ws_url: str, rest_url: str) -> None:
-        self._venue, self._writer = venue, writer
+    def __init__(
+        self, venue: Venue, writer: RecordingWriter, ws_url: str, rest_url: str, every_s: float | None = None
+    ) -> None:
+        self._venue, self._writer, self._every_s = venue, writer, every_s
         self._ws_url, self._rest_url = ws_url, rest_url.rstrip("/")
         self._snapshots: asyncio.Queue[str] = asyncio.Queue()  # at most one entry per stream
         self._started: set[str] = set()
@@ -420,6 +433,9 @@ class Recorder:
 
     async def run(self, tickers: list[str], streams: list[str], stop: asyncio.Event) -> bool:
         """Record until `stop` is set (True) or the venue ends a connection (False)."""
+        if not self._venue.ws_url:
+            await self._poll(tickers, streams, stop)
+            return True
         size = self._venue.streams_per_connection
         feeds = [
             LiveFeed(
@@ -448,6 +464,26 @@ class Recorder:
                 task.result()
         self.complaints = sum(len(feed.complaints) for feed in feeds)
         return was_asked
+
+    async def _poll(self, tickers: list[str], streams: list[str], stop: asyncio.Event) -> None:
+        """A venue without WebSocket: each stream is a request that is made again and again."""
+        async with aiohttp.ClientSession() as http:
+            for request in self._venue.fetches(tickers):
+                await self._fetch(http, request)
+            async with asyncio.TaskGroup() as tasks:
+                for number, stream in enumerate(streams):
+                    tasks.create_task(self._poll_stream(http, stream, number * self._venue.request_gap_s, stop))
+
+    async def _poll_stream(self, http: aiohttp.ClientSession, stream: str, wait_s: float, stop: asyncio.Event) -> None:
+        first = True
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await stop.wait()
+                    return
+            poll = self._venue.poll(stream, first)
+            await self._fetch(http, poll.path)
+            wait_s, first = self._every_s or poll.every_s, False
 
     def _on_open(self, conn: str, t: int, url: str) -> None:
         self._writer.write(Entry(t, conn, "open", url=url))
@@ -581,22 +617,27 @@ async def _serve(source: Source, venue: Venue, settings: Settings, host: str, po
 @click.argument("exchange", type=click.Choice(venue_names()))
 @click.argument("tickers", nargs=-1)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.jsonl.zst to write.")
-@click.option("--feeds", default="trades,orderbook_l2,bbo", show_default=True, help="Feeds, by comma.")
+@click.option(
+    "--feeds", help="Feeds, by comma. Default: trades,orderbook_l2,bbo, and candles,tickers of a polled venue."
+)
 @click.option("--stream", "extra", multiple=True, help="A stream by the venue's own name, in addition; repeatable.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Default: until Ctrl-C or SIGTERM.")
 @click.option("--ws-url", help="Default: the venue's.")
 @click.option("--rest-url", help="Default: the venue's.")
+@click.option("--every", "every_s", type=click.FloatRange(0.1), help="Seconds between two requests for the same thing, "
+              "where the venue is polled. Default: the venue's.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @log_options
 def record(
     exchange: str,
     tickers: tuple[str, ...],
     out: Path,
-    feeds: str,
+    feeds: str | None,
     extra: tuple[str, ...],
     seconds: float | None,
     ws_url: str | None,
     rest_url: str | None,
+    every_s: float | None,
     as_json: bool,
     log_level: str,
     log_format: str,
@@ -608,7 +649,8 @@ def record(
     """
     logs.set_up(log_level, log_format)
     venue = load_venue(exchange)
-    chosen = [feed for feed in feeds.split(",") if feed] if tickers else []
+    default = "trades,orderbook_l2,bbo" if venue.ws_url else ",".join(POLLED_FEEDS)
+    chosen = [feed for feed in (feeds or default).split(",") if feed] if tickers else []
     if unknown := [feed for feed in chosen if feed not in DATA_FEEDS]:
         _fail(f"unknown feed {unknown[0]!r}; feeds: {', '.join(DATA_FEEDS)}", EXIT_USAGE)
     try:
@@ -618,7 +660,7 @@ def record(
         writer = RecordingWriter(out)
     except (ValueError, StorageError) as error:
         _fail(str(error), EXIT_USAGE)
-    recorder = Recorder(venue, writer, ws_url or venue.ws_url, rest_url or venue.rest_url)
+    recorder = Recorder(venue, writer, ws_url or venue.ws_url, rest_url or venue.rest_url, every_s)
     try:
         was_asked = asyncio.run(_record(recorder, writer, list(tickers), streams, seconds))
     except Disconnected as error:

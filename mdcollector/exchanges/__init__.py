@@ -77,7 +77,10 @@ class Fetch(msgspec.Struct, frozen=True):
 
 
 class Reconnect(msgspec.Struct, frozen=True):
-    """Wanted: a new connection; `overlap` = open it before the old one is closed (the venue gave notice)."""
+    """Wanted: a new connection; `overlap` = open it before the old one is closed (the venue gave notice).
+
+    Where the venue is polled: another host; `overlap` = nothing is known to be missed.
+    """
 
     cause: str
     overlap: bool = False
@@ -113,6 +116,9 @@ class Options(msgspec.Struct, kw_only=True):
     rest_url: str = ""
     book_depth: int = 0  # levels of a snapshot; 0 = the venue's default
     intervals: tuple[str, ...] = ("1m",)
+    backfill: int = 1000  # closed candles of each interval that are fetched at the start, where the venue is polled
+    poll_s: float = 0.0  # between two requests for the same thing, where the venue is polled; 0 = the venue's default
+    late_s: float = 120.0  # an answer of a polled venue that is older is not believed to be the newest; 0 = any age
     book_interval: str = ""  # "" = the venue's default
     trade_channel: str = ""  # one of TRADE_CHANNELS; "" = the first
     credentials: Mapping[str, str] = msgspec.field(default_factory=dict)

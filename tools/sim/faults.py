@@ -50,7 +50,13 @@ KINDS: dict[str, Kind] = {
     "clock_skew": Kind(WINDOW, "the exchange's clock is ms milliseconds off", {"ms": 2000}),
     "ban": Kind(WINDOW, "REST answers `status` with Retry-After until the window ends", {"status": 418}),
     "slow_rest": Kind(REQUEST, "a REST answer comes ms milliseconds late", {"ms": 2000}),
+    "stale_rest": Kind(WINDOW, "REST answers stay what they were before the window began"),
     "rest_error": Kind(REQUEST, "a REST request fails with `status`", {"status": 503}),
+    "bad_body": Kind(
+        REQUEST,
+        "a REST answer with status 200 is spoilt; kind=half|empty|types|nan|absurd|text, without it each in turn",
+        {"kind": "any"},
+    ),
     "refuse": Kind(REQUEST, "a subscription is refused with the venue's error"),
     "stale_snapshot": Kind(REQUEST, "a book snapshot that is some seconds old"),
     "future_snapshot": Kind(REQUEST, "a book snapshot newer than everything sent: the streams lag by ms", {"ms": 1000}),
@@ -59,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "snapshot": Kind(
         MARKET, "a book snapshot that nobody asked for; anew=1: its numbers begin again as the venue's do", {"anew": 0}
     ),
+    "revise": Kind(MARKET, "the newest closed candles of a ticker are changed, where a venue does that"),
     "listing": Kind(MARKET, "the instrument named by ticker= is listed while running"),
 }
 COMMON = {
@@ -72,12 +79,14 @@ COMMON = {
     "conn": "only the connection of this number",
     "agent": "only clients whose User-Agent contains this",
 }
+BAD_BODIES = ("half", "empty", "types", "nan", "absurd", "text")
 GARBAGE = ("bytes", "utf8", "types", "nan", "absurd", "unknown_symbol", "unknown_event")
 _TEXT_KEYS = {"stream", "ticker", "agent", "mode", "kind"}
 _CHOICES = {
     ("truncate", "mode"): ("text", "wire"),
     ("split", "mode"): ("fragments", "tcp"),
     ("garbage", "kind"): ("any", *GARBAGE),
+    ("bad_body", "kind"): ("any", *BAD_BODIES),
 }
 
 

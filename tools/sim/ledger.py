@@ -49,6 +49,7 @@ class Dialect:
     intervals: Mapping[str, str]  # interval in the tables -> in the ledger, where they differ
     candle_says_closed: bool = False  # the venue says which version of a candle is the last, without counting trades
     trades_have_counter: bool = True  # else the rows know a trade by its id only
+    polled: bool = False  # tables hold what polls happened to see: every closed candle, but not every version or price
 
 
 class LedgerWriter:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from aiohttp import WSMsgType, web
 
 import tools.sim
-from tools.sim.faults import GARBAGE, KINDS, Fault, FaultError, Faults, parse
+from tools.sim.faults import BAD_BODIES, GARBAGE, KINDS, Fault, FaultError, Faults, parse
 from tools.sim.ledger import FLUSH_S, Dialect, LedgerWriter
 from tools.sim.market import ASK, BASE_RATE, BID, Action, Book, Instrument, Market
 
@@ -244,6 +244,35 @@ class Venue(ABC):
     def listed(self, book: Book, t: int) -> None:
         """A ticker was listed while running."""
 
+    def revise(self, book: Book, t: int) -> None:
+        """Change the newest closed candles of a ticker; at a venue whose candles are final nothing happens."""
+        return
+
+
+class PolledVenue(Venue):
+    """A venue without WebSocket: no session is ever opened."""
+
+    def finish(self, t: int) -> None:
+        return
+
+    def refuse_ws(self, request: Request) -> Reply:
+        return Reply('{"error":"not found"}', 404)
+
+    def opened(self, session: Session) -> None:
+        raise AssertionError("a WebSocket was opened")
+
+    def on_text(self, session: Session, text: str) -> None:
+        raise AssertionError("a WebSocket was opened")
+
+    def keep(self, session: Session, now_s: float) -> None:
+        raise AssertionError("a WebSocket was opened")
+
+    def notice(self, session: Session, t: int) -> str:
+        raise AssertionError("a WebSocket was opened")
+
+    def unknown_event(self, session: Session, t: int) -> str:
+        raise AssertionError("a WebSocket was opened")
+
 
 def venues() -> dict[str, type[Venue]]:
     """Every venue in the files of this folder, by name."""
@@ -293,7 +322,7 @@ class Exchange:
         self._order = count()
         self._timers: list[tuple[int, int, int, Callable[[int], None]]] = []
         self._stop = asyncio.Event()
-        self._garbage = 0
+        self._garbage = self._bad_bodies = 0
         self._later: set[asyncio.Task[None]] = set()
         limits = {**venue.limits, **options.limits}
         instruments = [self._instrument(venue, name, index) for index, name in enumerate(self._names(venue))]
@@ -626,6 +655,8 @@ class Exchange:
             self.venue.renumber(self.market.books[ticker])
         elif ticker in self.market.books and fault.name == "snapshot":
             self.venue.resnapshot(self.market.books[ticker], bool(fault.number("anew")))
+        elif ticker in self.market.books and fault.name == "revise":
+            self.venue.revise(self.market.books[ticker], t)
         elif ticker in self.market.books:
             book = self.market.books[ticker]
             self.venue.on_action(book, self.market.cross(ticker, t))
@@ -764,7 +795,25 @@ class Exchange:
         if fault := self.faults.for_request("rest_error", stream=request.path, agent=request.agent):
             self._fault_line(fault, stream=request.path)
             return Reply('"simulated failure"', int(fault.number("status")))
-        return await self.venue.http(request)
+        reply = await self.venue.http(request)
+        wanted = f"{request.path}?{'&'.join(f'{key}={value}' for key, value in request.query.items())}"
+        if reply.status == 200 and (fault := self.faults.for_request("bad_body", stream=wanted, agent=request.agent)):
+            self._fault_line(fault, stream=wanted)
+            return Reply(self._spoilt(reply.body, fault.text("kind")))
+        return reply
+
+    def _spoilt(self, body: str, kind: str) -> str:
+        """An answer that no client should believe, made from a true one."""
+        if kind == "any":
+            kind = BAD_BODIES[self._bad_bodies % len(BAD_BODIES)]
+            self._bad_bodies += 1
+        if kind == "half":
+            return body[: len(body) // 2]
+        if kind == "text":
+            return "<html><body>upstream is unwell</body></html>"
+        value = json.loads(body)
+        value = _emptied(value) if kind == "empty" else _mangled(value, kind)
+        return json.dumps(value, separators=(",", ":")).replace('"1e999"', "1e999")
 
     async def _websocket(self, http: web.Request, request: Request) -> web.StreamResponse:
         self.counts["connects"] += 1
@@ -1007,6 +1056,13 @@ class Exchange:
         return dict(fired)
 
 
+def _emptied(value: Any) -> Any:
+    """A copy of an answer in which every list is empty."""
+    if isinstance(value, dict):
+        return {key: _emptied(item) for key, item in value.items()}
+    return [] if isinstance(value, list) else value
+
+
 def _mangled(value: Any, kind: str) -> Any:
     """A copy of a message with every price, quantity or id spoilt in the named way."""
     if isinstance(value, dict):
@@ -1029,4 +1085,16 @@ def _mangled(value: Any, kind: str) -> Any:
     return {"not": "a number"}
 
 
-__all__ = ["KINDS", "Credits", "Exchange", "Options", "Reply", "Request", "Session", "Venue", "Window", "venues"]
+__all__ = [
+    "KINDS",
+    "Credits",
+    "Exchange",
+    "Options",
+    "PolledVenue",
+    "Reply",
+    "Request",
+    "Session",
+    "Venue",
+    "Window",
+    "venues",
+]

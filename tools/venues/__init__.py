@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
+CANDLES_COMPARED = "1m"  # the interval that mdcompare and mdreplay ask a polled venue for
 EVERYBODY = ""  # "stream" of a frame that goes to every client: notices of the server, frames that nobody can read
 Json = dict[str, Any]
 
@@ -119,7 +120,25 @@ class Quote:
     time_us: int  # -1 where the venue gives none
 
 
-Seen = Trade | BookChange | Quote
+@dataclass(frozen=True, slots=True)
+class Candle:
+    """A closed candle."""
+
+    ticker: str
+    interval: str
+    open_us: int
+    values: tuple[float, ...]  # open, high, low, close
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """A REST request (path and query) that takes the place of a stream, and the pause behind it."""
+
+    path: str
+    every_s: float
+
+
+Seen = Trade | BookChange | Quote | Candle
 
 
 class Venue(ABC):
@@ -127,7 +146,7 @@ class Venue(ABC):
 
     exchange: str  # name of records.Exchange, lower case
     hosts: tuple[str, ...]  # hosts that stand in the URLs of recordings
-    ws_url: str
+    ws_url: str  # "" = the venue is polled: streams are resources, asked for as `poll` says
     rest_url: str
     ping_s: float  # how often the venue sends WebSocket pings
     overdue_code: int  # close code for an unanswered heartbeat
@@ -191,6 +210,16 @@ class Venue(ABC):
     @abstractmethod
     def decode(self, raw: str) -> Iterator[Seen]:
         """Trades, book changes and quotes of one data frame, with plain `json`."""
+
+    # a polled venue
+
+    def poll(self, stream: str, first: bool) -> Poll:
+        """The request for this stream; the `first` one may reach back."""
+        raise NotImplementedError(f"{self.exchange} is not polled")
+
+    def decode_body(self, path: str, query: dict[str, str], raw: str) -> Iterator[Seen]:
+        """What one answer says for good, with plain `json`."""
+        raise NotImplementedError(f"{self.exchange} is not polled")
 
 
 @cache
