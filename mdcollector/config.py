@@ -44,6 +44,7 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stale_s: float = 0.0  # a connection without data for so long is given up; 0 = the venue's default
     lifetime_s: float = 0.0  # a connection is replaced after so long; 0 = before the venue ends it
     reconnect_most_s: float = 60.0  # cap of the back-off
+    instruments_s: float = 600.0  # the list of instruments is read so often; 0 = never
 
 
 class ArbiterConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -176,6 +177,7 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
     _check_range(f"{where}.book_depth", connector.book_depth, 0, 5000)
     _check_range(f"{where}.stale_s", connector.stale_s, 0, 86_400)
     _check_range(f"{where}.lifetime_s", connector.lifetime_s, 0, 7 * 86_400)
+    _check_range(f"{where}.instruments_s", connector.instruments_s, 0, 86_400)
     _check_range(f"{where}.reconnect_most_s", connector.reconnect_most_s, 0.1, 3600)
 
 

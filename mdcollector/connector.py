@@ -27,7 +27,8 @@ from mdcollector.continuity import LIVE
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, Disconnected, RateLimited, Stale
 from mdcollector.exchanges import Fetch, Options, Reconnect, Stream, Venue, venue_class
-from mdcollector.records import GAPS
+from mdcollector.listing import Listing
+from mdcollector.records import ALWAYS_ON
 from mdcollector.stats import StatsWriter
 from mdcollector.transport import Fetcher, Leg, open_leg, tls_context
 
@@ -131,6 +132,7 @@ class Connector:
         if limits.messages_per_ip[0]:
             self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
         self._polled = not kind.WS_URL
+        self._listing = Listing(self.venue, settings.instruments_s)
         self._stats = StatsWriter(self.emit.directory)
         self._leg: Leg | None = None
         self._reconnect: Reconnect | None = None
@@ -446,6 +448,7 @@ class Connector:
             leg = self._leg
             if leg is not None or self._polled:
                 self.venue.tick(time.time_ns())
+                self._listing.tick()
                 if leg is not None and not leg.tails_checked and time.time_ns() - leg.opened_ns > TAIL_CHECK_S * 1e9:
                     leg.tails_checked = True
                     self.venue.check_tails()
@@ -455,7 +458,7 @@ class Connector:
                 self._publish()
 
     def _rows_now(self) -> int:
-        return sum(ring.next for name, ring in self.emit.rings.items() if name != GAPS.name)
+        return sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
 
     def _look_for_data(self) -> None:
         """Only rows count as data: heartbeats, replies and refused frames do not keep a connection."""
@@ -503,7 +506,7 @@ class Connector:
         """Receive time of the last row of each feed without ids that has one."""
         last: dict[str, int] = {}
         for name, ring in self.emit.rings.items():
-            if name not in (*SEQUENCED, GAPS.name) and ring.next:
+            if name not in (*SEQUENCED, *ALWAYS_ON) and ring.next:
                 last[name] = int(ring.recent_rows(ring.next - 1)["rcv_timestamp"][-1])
         return last
 

@@ -20,7 +20,7 @@ import numpy as np
 from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, BookSync, FollowRule, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
-from mdcollector.records import Exchange
+from mdcollector.records import INSTRUMENTS, Exchange
 
 # Types for wire structs: what is outside is refused while decoding, in the C core.
 Id = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -74,6 +74,7 @@ class Fetch(msgspec.Struct, frozen=True):
     path: str
     weight: int
     answer: Callable[[bytes], None] | None = None  # who takes the body; None = the venue's `http`
+    failed: Callable[[int, bytes], None] | None = None  # who takes a refusal; None = the venue's `http_failed`
 
 
 class Reconnect(msgspec.Struct, frozen=True):
@@ -349,6 +350,28 @@ class Venue(ABC):
             last, holes = self._trades_left.get(ticker, (-1, []))
             found = self.trade_syncs[ticker] = TradeSync(self.emit, instrument, self.want_repair, last, holes)
         return found
+
+    def take_instruments(self, url: str, body: bytes) -> list[InstrumentInfo]:
+        """What one page of the list of instruments says; what is new of the wanted ones becomes rows.
+
+        The venue's `http` hands recorded pages to it, the connector those that it asked for itself.
+        """
+        listed = self.instruments(body)
+        tickers = {stream.ticker for stream in self.streams}
+        wanted = [info for info in listed if self.open_world or info.ticker in tickers]
+        most = self.emit.rings[INSTRUMENTS.name].capacity // 2  # rows that no reader can be too slow for
+        if len(wanted) > most:
+            self.emit.counters["instruments_overflow"] += len(wanted) - most
+        for info in wanted[:most]:
+            try:
+                self.emit.instrument_info(
+                    info.ticker, info.active, info.kind, info.base, info.quote, info.status, tick_size=info.tick_size,
+                    qty_step=info.qty_step, contract_size=info.contract_size, listed_time=info.listed_time,
+                    expiry_time=info.expiry_time,
+                )  # fmt: skip
+            except FrameError as error:  # the others of the page are good
+                self.emit.refused_error(error, f"{url} {info}".encode())
+        return listed
 
     @abstractmethod
     def want_snapshot(self, book: BookSync) -> None:

@@ -5,6 +5,7 @@ Streams are combined (`/stream`), times in microseconds (`timeUnit=MICROSECOND`;
 size). The book starts over HTTP; trades have a counter without holes, so a missed one is proven and fetched.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -131,11 +132,20 @@ class _RestTrade(msgspec.Struct):
     isBuyerMaker: bool  # noqa: N815 (the venue's name)
 
 
+class _Filter(msgspec.Struct):
+    """{"filterType":"PRICE_FILTER","minPrice":"0.01",...,"tickSize":"0.01"}, {"filterType":"LOT_SIZE",...,"stepSize":"0.00001"}"""
+
+    filterType: str = ""  # noqa: N815 (the venue's name)
+    tickSize: Quantity = 0.0  # noqa: N815 (the venue's name)
+    stepSize: Quantity = 0.0  # noqa: N815 (the venue's name)
+
+
 class _Symbol(msgspec.Struct):
     symbol: str
     status: str
     baseAsset: str = ""  # noqa: N815 (the venue's name)
     quoteAsset: str = ""  # noqa: N815 (the venue's name)
+    filters: list[_Filter] = []
 
 
 class _ExchangeInfo(msgspec.Struct):
@@ -157,6 +167,9 @@ class _Envelope(msgspec.Struct):
     error: msgspec.Raw = _NOTHING
 
 
+_NO_FILTER = _Filter()
+
+
 def _frames(kind: type[msgspec.Struct]) -> Callable[[bytes], Any]:
     """Decoder of a combined frame that carries `kind` in `data`; numbers in text become floats in the C core."""
     frame = msgspec.defstruct(f"{kind.__name__}Frame", [("data", kind)], gc=False)
@@ -168,7 +181,7 @@ _decode_book_ticker, _decode_ticker, _decode_kline = _frames(BookTicker), _frame
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_snapshot = msgspec.json.Decoder(_Snapshot, strict=False).decode
 _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
-_decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo).decode
+_decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo, strict=False).decode
 
 # Event name of a raw payload -> how its stream is called behind the @.
 _STREAM_OF_EVENT = {
@@ -208,6 +221,7 @@ class BinanceSpot(Venue):
         messages_per_s=4,  # 5 a second, pongs included
         connects=(300, 300.0),
         weight=(6000, 60.0),  # REQUEST_WEIGHT, rest-api.md and exchangeInfo, 2026-07
+        instruments_weight=20,  # GET /api/v3/exchangeInfo, 2026-07
         lifetime_s=24 * 3600.0,
     )
 
@@ -234,10 +248,7 @@ class BinanceSpot(Venue):
 
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
-        return [
-            InstrumentInfo(s.symbol, s.status == "TRADING", base=s.baseAsset, quote=s.quoteAsset)
-            for s in decode_body(_decode_exchange_info, body).symbols
-        ]
+        return [_info(s) for s in decode_body(_decode_exchange_info, body).symbols]
 
     # Connection
 
@@ -420,7 +431,9 @@ class BinanceSpot(Venue):
                 for t in decode_body(_decode_rest_trades, body)
             ]
             sync.repaired(int(query.get("fromId", ["-1"])[0]), trades)
-        elif endpoint not in ("exchangeInfo", "time", "ping"):
+        elif endpoint == "exchangeInfo":
+            self.take_instruments(url, body)
+        elif endpoint not in ("time", "ping"):
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -431,6 +444,15 @@ class BinanceSpot(Venue):
         else:
             self.emit.counters["trade_repair_refused"] += 1
             self.notes[f"repair of {ticker} refused"] = reason
+
+
+def _info(s: _Symbol) -> InstrumentInfo:
+    filters = {f.filterType: f for f in s.filters}
+    prices, lots = filters.get("PRICE_FILTER", _NO_FILTER), filters.get("LOT_SIZE", _NO_FILTER)
+    return InstrumentInfo(
+        s.symbol, s.status == "TRADING", "spot", s.baseAsset, s.quoteAsset, s.status, contract_size=1.0,
+        tick_size=prices.tickSize or math.nan, qty_step=lots.stepSize or math.nan,
+    )  # fmt: skip
 
 
 def _control(method: str, names: Sequence[str], request_id: int) -> str:
