@@ -509,6 +509,14 @@ class Emit:
             return 0
         return int(seen[instrument.codes[feed]])
 
+    def last_rcv_us(self, feed: str, ticker: str) -> int:
+        """Receive time of the newest row of this feed and instrument, also of an earlier life; 0 = none. Slow."""
+        ring = self.rings.get(feed)
+        if ring is None or ticker not in (tickers := ring.tickers):
+            return 0
+        codes, times = ring.recent_columns("ticker", "rcv_timestamp")
+        return int(times[codes == tickers.index(ticker)].max(initial=0))
+
     def snapshot(self) -> dict[str, Any]:
         """What the stats page shows of the rings and of what was refused."""
         return {

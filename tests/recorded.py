@@ -416,7 +416,9 @@ class DeribitModel:
         if not urlsplit(url).path.endswith("/get_instruments"):
             return
         for i in answer["result"]:
-            listed, expiry = (i[key] * 1000 if key in i else None for key in ("creation_timestamp", "expiration_timestamp"))
+            listed, expiry = (
+                i[key] * 1000 if key in i else None for key in ("creation_timestamp", "expiration_timestamp")
+            )
             self.expected.instrument(
                 i["instrument_name"], active=i["is_active"],
                 kind="perpetual" if i.get("settlement_period") == "perpetual" else i["kind"], base=i["base_currency"],

@@ -36,6 +36,7 @@ SNAPSHOT_LEVELS_DEFAULT = 1000  # of at most 5000 a side: a fifth of the weight,
 SNAPSHOT_WEIGHTS = ((100, 5), (500, 25), (1000, 50), (5000, 250))  # limit up to, weight; 2026-07
 TRADES_PER_REQUEST = 1000  # GET /api/v3/historicalTrades; 2026-07
 TRADES_WEIGHT = 25
+PROBE_WEIGHT = 4  # GET /api/v3/aggTrades; 2026-07
 SUBSCRIBE_CHUNK = 200  # stream names in one SUBSCRIBE
 _MS_MAX = 100_000_000_000_000  # a larger time is in microseconds already
 _NOTHING = msgspec.Raw(b"")
@@ -181,6 +182,7 @@ _decode_book_ticker, _decode_ticker, _decode_kline = _frames(BookTicker), _frame
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_snapshot = msgspec.json.Decoder(_Snapshot, strict=False).decode
 _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
+_decode_newest = msgspec.json.Decoder(list[AggTrade], strict=False).decode
 _decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo, strict=False).decode
 
 # Event name of a raw payload -> how its stream is called behind the @.
@@ -227,7 +229,6 @@ class BinanceSpot(Venue):
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        self._tickers = {stream.name: stream.ticker for stream in streams}
         self._trade_kinds: dict[str, str] = {}
         self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
@@ -391,6 +392,15 @@ class BinanceSpot(Venue):
             self.emit.candle(instrument, _us(event.E), k.i.encode(), _us(k.t), ohlc, k.v, k.n, k.x)
 
         return on_kline
+
+    # Whether an acknowledged stream delivers
+
+    def probe(self, stream: Stream) -> Fetch:
+        """A trade changes the book, the best prices, the statistics and the candle: the newest one tells for all."""
+        return Fetch(stream.name, f"/api/v3/aggTrades?symbol={quote(stream.ticker)}&limit=1", PROBE_WEIGHT)
+
+    def newest_us(self, stream: Stream, body: bytes) -> int:
+        return max((_us(trade.T) for trade in decode_body(_decode_newest, body)), default=0)
 
     # HTTP
 

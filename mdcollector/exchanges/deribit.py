@@ -178,6 +178,16 @@ class _TradesReply(msgspec.Struct):
     result: _TradesResult
 
 
+class _BookResult(msgspec.Struct):
+    """public/get_order_book, what a probe needs of it."""
+
+    timestamp: TimeMs
+
+
+class _BookReply(msgspec.Struct):
+    result: _BookResult
+
+
 def _frames(kind: Any, name: str) -> Callable[[bytes], Any]:
     """Decoder of a notification that carries `kind` in `params.data`."""
     params = msgspec.defstruct(f"{name}Params", [("data", kind)], gc=False)
@@ -194,6 +204,7 @@ _decode_quote, _decode_ticker, _decode_chart = (
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_instruments = msgspec.json.Decoder(_Instruments).decode
 _decode_trades_reply = msgspec.json.Decoder(_TradesReply).decode
+_decode_book_reply = msgspec.json.Decoder(_BookReply).decode
 _decode_token = msgspec.json.Decoder(_Token).decode
 _decode_names = msgspec.json.Decoder(list[str]).decode
 
@@ -235,7 +246,6 @@ class Deribit(Venue):
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        self._tickers = {stream.name: stream.ticker for stream in streams}
         self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
         self._refresh_token = ""
@@ -484,6 +494,20 @@ class Deribit(Venue):
     def _emit_candle(self, instrument: Any, interval: str, c: Chart, *, closed: bool) -> None:
         ohlc = (c.open, c.high, c.low, c.close)
         self.emit.candle(instrument, 0, interval.encode(), c.tick * 1000, ohlc, c.volume, -1, closed)
+
+    # Whether an acknowledged stream delivers
+
+    def probe(self, stream: Stream) -> Fetch:
+        """The newest trade for trades and candles; for the others the book, whose time is that of its last change."""
+        query = {"instrument_name": stream.ticker}
+        if stream.feed in ("trades", "candles"):
+            return Fetch(stream.name, f"/api/v2/public/get_last_trades_by_instrument?{urlencode(query)}&count=1", 1)
+        return Fetch(stream.name, f"/api/v2/public/get_order_book?{urlencode(query)}&depth=1", 1)
+
+    def newest_us(self, stream: Stream, body: bytes) -> int:
+        if stream.feed in ("trades", "candles"):
+            return max((t.timestamp * 1000 for t in decode_body(_decode_trades_reply, body).result.trades), default=0)
+        return decode_body(_decode_book_reply, body).result.timestamp * 1000
 
     # What is missing
 

@@ -44,17 +44,29 @@ KINDS: dict[str, Kind] = {
     "lifetime": Kind(SESSION, "the end of the connection's allowed lifetime"),
     "freeze": Kind(SESSION, "the connection stays open but nothing at all is sent for `seconds`; what was due is lost"),
     "auth_expire": Kind(SESSION, "the session's access token expires"),
-    "silence": Kind(WINDOW, "streams are acknowledged but carry nothing"),
+    "silence": Kind(
+        WINDOW,
+        "streams are acknowledged but carry nothing; until=end (of the window) or left: one that is left and taken anew"
+        " carries again",
+        {"until": "end"},
+    ),
     "no_heartbeat_answer": Kind(WINDOW, "the client's pings and tests stay unanswered, and the server sends none"),
     "clock_skew": Kind(WINDOW, "the exchange's clock is ms milliseconds off", {"ms": 2000}),
     "ban": Kind(WINDOW, "REST answers `status` with Retry-After until the window ends", {"status": 418}),
     "slow_rest": Kind(REQUEST, "a REST answer comes ms milliseconds late", {"ms": 2000}),
     "rest_error": Kind(REQUEST, "a REST request fails with `status`", {"status": 503}),
     "refuse": Kind(REQUEST, "a subscription is refused with the venue's error"),
+    "ignore": Kind(REQUEST, "a subscription gets no answer and brings nothing"),
     "stale_snapshot": Kind(REQUEST, "a book snapshot that is some seconds old"),
     "future_snapshot": Kind(REQUEST, "a book snapshot newer than everything sent: the streams lag by ms", {"ms": 1000}),
     "cross": Kind(MARKET, "a book event with a bid above the best ask, taken back after ms", {"ms": 300}),
-    "listing": Kind(MARKET, "the instrument named by ticker= is listed while running"),
+    "listing": Kind(MARKET, "the instrument named by ticker= is listed while running, or trades again after a delist"),
+    "delist": Kind(
+        MARKET,
+        "the instrument named by ticker= trades no more; mode=absent (from the list) or halted (listed as not trading)",
+        {"mode": "absent"},
+    ),
+    "tick_size": Kind(MARKET, "the list says a tick size ten times finer for the instrument named by ticker="),
 }
 COMMON = {
     "at": "seconds after the start; then once, unless every= is given",
@@ -68,10 +80,12 @@ COMMON = {
     "agent": "only clients whose User-Agent contains this",
 }
 GARBAGE = ("bytes", "utf8", "types", "nan", "absurd", "unknown_symbol", "unknown_event")
-_TEXT_KEYS = {"stream", "ticker", "agent", "mode", "kind"}
+_TEXT_KEYS = {"stream", "ticker", "agent", "mode", "kind", "until"}
 _CHOICES = {
     ("truncate", "mode"): ("text", "wire"),
     ("split", "mode"): ("fragments", "tcp"),
+    ("delist", "mode"): ("absent", "halted"),
+    ("silence", "until"): ("end", "left"),
     ("garbage", "kind"): ("any", *GARBAGE),
 }
 
@@ -91,6 +105,7 @@ class Fault:
     next_s: float = math.inf  # when the next hit becomes possible
     until_s: float = -math.inf  # end of the window
     gaps: dict[str, int] = field(default_factory=dict)  # stream -> messages of a running gap still to lose
+    left: set[str] = field(default_factory=set)  # streams that a client has left since
 
     @property
     def group(self) -> str:
@@ -150,8 +165,8 @@ def parse(spec: str | Mapping[str, Any]) -> Fault:
         raise FaultError(f"fault {name}: rate= is for messages and requests only; use at= or every=")
     if keys.get("every") == 0:
         raise FaultError(f"fault {name}: every must be greater than 0")
-    if name == "listing" and "ticker" not in keys:
-        raise FaultError("fault listing: ticker= is needed")
+    if name in ("listing", "delist", "tick_size") and "ticker" not in keys:
+        raise FaultError(f"fault {name}: ticker= is needed")
     return Fault(name, keys)
 
 
@@ -254,7 +269,13 @@ class Faults:
         return None
 
     def silenced(self, stream: str, ticker: str) -> list[Fault]:
-        return [f for f in self.silent if f.wants(stream, ticker)]
+        return [f for f in self.silent if f.wants(stream, ticker) and stream not in f.left]
+
+    def left(self, stream: str) -> None:
+        """A client has left a stream."""
+        for fault in self.silent:
+            if fault.text("until") == "left":
+                fault.left.add(stream)
 
 
 def help_text() -> str:
