@@ -10,6 +10,7 @@ wins, every row appears exactly once, what has a sequence comes in its order:
                    any id m with A <= m < B, whichever leg brought the book there. A snapshot is published only at the
                    start, or when no leg can continue the book (RESYNCED), or when the book is not proven.
     bbo            by update_id where there is one.
+    instruments    what is younger than the last row of its instrument and says something else.
     the others     equal content under the same exchange time is a copy; each leg's copies are matched one to one, so
                    a row that a leg rightly repeats stays.
 
@@ -52,6 +53,7 @@ from mdcollector.merge import (
     Book,
     BookMerge,
     CopyMerge,
+    LatestMerge,
     Ledger,
     LegGap,
     Merge,
@@ -61,7 +63,7 @@ from mdcollector.merge import (
     chosen,
     joined,
 )
-from mdcollector.records import DATA_FEEDS, FEEDS, GAPS, ORDERBOOK_L2, Flag
+from mdcollector.records import ALWAYS_ON, DATA_FEEDS, FEEDS, GAPS, INSTRUMENTS, ORDERBOOK_L2, Flag
 from mdcollector.ring import RingReader, RingWriter, Rows, ring_dir
 from mdcollector.stats import StatsWriter
 
@@ -358,7 +360,7 @@ class Arbiter:
         epoch = time.time_ns() // 1_000_000
         self.own: dict[str, RingWriter] = {}
         try:
-            for feed in (*feeds, GAPS.name):
+            for feed in (*feeds, *ALWAYS_ON):
                 self.own[feed] = RingWriter(
                     self.directory, FEEDS[feed], exchange=exchange[0], connector=name, capacity=sizes[feed], epoch=epoch
                 )
@@ -369,13 +371,15 @@ class Arbiter:
         count = len(self.legs)
         self.ledger = Ledger(self.own[GAPS.name], exchange[1], count, clock)
         self.merges: dict[str, Merge] = {}
-        for feed in feeds:
+        for feed in (*feeds, INSTRUMENTS.name):
             own = self.own[feed]
             if feed == "trades":
                 self.merges[feed] = TradeMerge(own, count, self.ledger, clock, wait_s)
             elif feed == "orderbook_l2":
                 book_merge = self.merges[feed] = BookMerge(own, count, self.ledger, clock, book_wait_s)
                 book_merge.alive = self._alive
+            elif feed == INSTRUMENTS.name:
+                self.merges[feed] = LatestMerge(own, count, self.ledger, clock)
             else:
                 self.merges[feed] = CopyMerge(own, count, self.ledger, clock)
         state = self._load_state()
@@ -476,8 +480,9 @@ class Arbiter:
             ring.heartbeat()
 
     def _last_rcv(self) -> list[int]:
-        """Receive time of the newest row of each leg, of any feed."""
-        return [max((m.last_rcv[n] for m in self.merges.values()), default=-1) for n in range(len(self.legs))]
+        """Receive time of the newest row of each leg, of any feed that tells whether data flows."""
+        merges = [merge for feed, merge in self.merges.items() if feed not in ALWAYS_ON]
+        return [max((merge.last_rcv[n] for merge in merges), default=-1) for n in range(len(self.legs))]
 
     def finish(self) -> None:
         """Take everything published by now, wait out what waits, close the rings."""
@@ -584,7 +589,7 @@ class Arbiter:
                 merge.restore_trades(state.trades)
             if state is not None and isinstance(merge, BookMerge):
                 merge.restore_books(state.books)
-            since = state.published[feed] if state else 0
+            since = state.published[feed] if state and not isinstance(merge, LatestMerge) else 0
             if isinstance(merge, CopyMerge):
                 earlier = self.own[feed].recent_rows(max(0, since - COPIES_MAX))
                 merge.note_ids(chosen(earlier, earlier["seq_id"] < since))

@@ -58,9 +58,12 @@ class Budget:
             os.close(fd)
 
     async def spend(self, cost: float) -> None:
-        """Wait until `cost` tokens could be taken."""
-        while wait_s := self.take(cost):  # noqa: ASYNC110 (other processes change the file; no event tells)
-            await asyncio.sleep(min(wait_s, WAIT_MOST_S))
+        """Wait until `cost` tokens could be taken; more than a full bucket holds is taken in parts."""
+        while cost > 0:
+            part = min(cost, self.capacity)
+            while wait_s := self.take(part):  # noqa: ASYNC110 (other processes change the file; no event tells)
+                await asyncio.sleep(min(wait_s, WAIT_MOST_S))
+            cost -= part
 
     def _store(self, fd: int, tokens: float, now: float, blocked_until: float) -> None:
         os.ftruncate(fd, _STATE.size)

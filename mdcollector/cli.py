@@ -132,6 +132,11 @@ EXCHANGE = click.argument("exchange", callback=_known_exchange)
     "--feeds", default="trades,orderbook_l2,bbo", show_default=True, callback=_listed, help="Comma-separated feeds."
 )
 @click.option(
+    "--kinds", default="", callback=_listed, help="Only these kinds of instruments: spot,perpetual,option,..."
+)
+@click.option("--bases", default="", callback=_listed, help="Only instruments that trade these: BTC,ETH.")
+@click.option("--quotes", default="", callback=_listed, help="Only instruments that are priced in these: USDT,USD.")
+@click.option(
     "--target", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory of the tables."
 )
 @click.option(
@@ -151,13 +156,15 @@ EXCHANGE = click.argument("exchange", callback=_known_exchange)
 @JSON
 @click.pass_context
 def run(
-    ctx: click.Context, exchange: str, tickers: Sequence[str], feeds: list[str], target: Path, rings: Path | None, ws_url: str,
-    rest_url: str, roll_s: float, seconds: float | None, cpu: int | None, as_json: bool,
+    ctx: click.Context, exchange: str, tickers: Sequence[str], feeds: list[str], kinds: list[str], bases: list[str],
+    quotes: list[str], target: Path, rings: Path | None, ws_url: str, rest_url: str, roll_s: float,
+    seconds: float | None, cpu: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Collect TICKERS (symbols or patterns) of EXCHANGE and write tables until stopped.
 
     \b
     mdcollector run binance_spot BTCUSDT 'ETH*' --target data
+    mdcollector run binance_spot '*' '!*UP' --quotes USDT,USDC --target data
     mdcollector run deribit BTC-PERPETUAL --feeds trades,tickers --target data --seconds 60
     """
     import msgspec
@@ -167,7 +174,15 @@ def run(
 
     rings = (rings or target / "_rings").absolute()
     connector = config.ConnectorConfig(
-        exchange=exchange, tickers=list(tickers), feeds=feeds, ws_url=ws_url, rest_url=rest_url, cpu=cpu
+        exchange=exchange,
+        tickers=list(tickers),
+        feeds=feeds,
+        kinds=kinds,
+        bases=bases,
+        quotes=quotes,
+        ws_url=ws_url,
+        rest_url=rest_url,
+        cpu=cpu,
     )
     try:
         config.check_connector("", connector)
@@ -274,8 +289,10 @@ def connect(name: str, config_path: Path, resolved: Path | None) -> None:
 
     fleet = config.load(config_path)
     logs.identify(name)
-    planned, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
-    run_connector(planned.name, settings, Path(fleet.rings), planned.streams)
+    planned, tickers, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
+    run_connector(
+        planned.name, settings, Path(fleet.rings), planned.streams, planned=tickers, takes_new=planned.takes_new
+    )
 
 
 @main.command()
@@ -528,13 +545,40 @@ def _rings(config_path: Path | None, rings: Path | None) -> Path:
     return rings
 
 
+def _print_streams(connectors: dict[str, dict[str, Any]]) -> None:
+    """A table of the streams that are not well, if there are any."""
+    from datetime import UTC, datetime
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mdcollector.health import streams_unwell
+
+    def clock(ns: int) -> str:
+        return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%H:%M:%S") if ns else ""
+
+    columns = ("requested_ns", "acknowledged_ns", "first_data_ns", "data_ns")
+    table = Table(
+        "connector", "stream", "state", "requested", "acknowledged", "first data", "last data", title="streams, UTC"
+    )
+    for name, connector in connectors.items():
+        for stream, (_, state) in streams_unwell(connector).items():
+            times = (clock(connector["streams"][stream][column]) for column in columns)
+            table.add_row(name, escape(stream), escape(state), *times)
+    if table.row_count:
+        _console().print(table)
+
+
 def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
     from rich.table import Table
 
+    from mdcollector.health import streams_unwell
+
     console = _console()
     table = Table(
-        "connector", "state", "connections", "rows", "gaps", "refused", "visible p50/p99", "books", title="connectors"
-    )
+        "connector", "state", "connections", "streams", "rows", "gaps", "refused", "visible p50/p99", "books",
+        title="connectors",
+    )  # fmt: skip
     for name, c in found["connectors"].items():
         rows = sum(ring["published"] for feed, ring in c["rings"].items() if feed != "gaps")
         refused = sum(n for k, n in c["counters"].items() if k.startswith("refused_"))
@@ -545,6 +589,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
             name,
             c["state"],
             connections,
+            f"{len(c['streams']) - len(streams_unwell(c))} of {len(c['streams'])} well",
             f"{rows:,}",
             f"{c['rings']['gaps']['published']:,}",
             str(refused),
@@ -552,6 +597,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
             books,
         )
     console.print(table)
+    _print_streams(found["connectors"])
     if found["arbiters"]:
         table = Table("arbiter", "feed", "leg", "read", "first", "copies", "lapped", "waiting", title="arbiters")
         for name, arbiter in found["arbiters"].items():

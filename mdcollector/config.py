@@ -30,6 +30,9 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     exchange: str
     tickers: list[str]  # symbols or patterns (`*USDT`), `!pattern` leaves out
+    kinds: list[str] = msgspec.field(default_factory=list)  # of instruments: spot, perpetual, option, ...; none = all
+    bases: list[str] = msgspec.field(default_factory=list)
+    quotes: list[str] = msgspec.field(default_factory=list)
     feeds: list[str] = msgspec.field(default_factory=lambda: ["trades", "orderbook_l2", "bbo"])
     cpu: int | None = None  # the process is pinned to it
     capacity: dict[str, int] = msgspec.field(default_factory=dict)  # rows of a ring, a power of two
@@ -45,9 +48,11 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     poll_s: float = 0.0  # between two requests for the same thing, where the venue is polled; 0 = the venue's default
     late_s: float = 120.0  # an answer of a polled venue that is older is not believed to be the newest; 0 = any age
     rest_fallbacks: list[str] = msgspec.field(default_factory=list)  # asked in turn when one does not answer
+    silent_s: float = 0.0  # a stream without data for so long is checked over REST; 0 = the venue's default
     stale_s: float = 0.0  # a connection without data for so long is given up; 0 = the venue's default
     lifetime_s: float = 0.0  # a connection is replaced after so long; 0 = before the venue ends it
     reconnect_most_s: float = 60.0  # cap of the back-off
+    instruments_s: float = 600.0  # the list of instruments is read so often; 0 = never
 
 
 class ArbiterConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -223,6 +228,11 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
     """Values that stand for themselves; `where` begins the text of a ConfigError."""
     if not connector.tickers or not all(connector.tickers):
         raise ConfigError(f"{where}.tickers = {connector.tickers!r}: expected at least one symbol or pattern")
+    if all(ticker.startswith("!") for ticker in connector.tickers):
+        raise ConfigError(f"{where}.tickers = {connector.tickers!r}: all exclude; begin with what is meant, as '*'")
+    for key in ("kinds", "bases", "quotes"):
+        if not all(getattr(connector, key)):
+            raise ConfigError(f"{where}.{key} = {getattr(connector, key)!r}: expected names; an empty one fits nothing")
     _check_feeds(f"{where}.feeds", connector.feeds, list(DATA_FEEDS))
     if not connector.feeds:
         raise ConfigError(f"{where}.feeds is empty; allowed are {', '.join(DATA_FEEDS)}")
@@ -239,8 +249,10 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
     _check_range(f"{where}.backfill", connector.backfill, 0, 10_000)
     _check_range(f"{where}.poll_s", connector.poll_s, 0, 3600)
     _check_range(f"{where}.late_s", connector.late_s, 0, 86_400)
+    _check_range(f"{where}.silent_s", connector.silent_s, 0, 86_400)
     _check_range(f"{where}.stale_s", connector.stale_s, 0, 86_400)
     _check_range(f"{where}.lifetime_s", connector.lifetime_s, 0, 7 * 86_400)
+    _check_range(f"{where}.instruments_s", connector.instruments_s, 0, 86_400)
     _check_range(f"{where}.reconnect_most_s", connector.reconnect_most_s, 0.1, 3600)
 
 

@@ -26,9 +26,11 @@ from mdcollector.config import ConnectorConfig
 from mdcollector.continuity import LIVE
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, Disconnected, RateLimited, Stale
-from mdcollector.exchanges import Fetch, Options, Reconnect, Stream, Venue, venue_class
-from mdcollector.records import GAPS
+from mdcollector.exchanges import Fetch, Options, Reconnect, Selection, Stream, Venue, venue_class
+from mdcollector.listing import Followed, Listing
+from mdcollector.records import ALWAYS_ON
 from mdcollector.stats import StatsWriter
+from mdcollector.subscriptions import SEQUENCED, Subscriptions
 from mdcollector.transport import HTTP_TRIES, Fetcher, Leg, open_leg, tls_context
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,6 @@ OVERLAP_TAIL_MOST_S = 30.0
 OVERLAP_FRAMES_MAX = 200_000  # frames remembered to drop what both connections bring
 WEIGHT_SHARE = 0.8  # of a venue's request weight: the rest is for whoever else uses this IP address
 SHUTDOWN_S = 2.0
-SEQUENCED = ("trades", "orderbook_l2")  # feeds whose ids tell by themselves what a lost connection cost
 
 
 class OverlapFilter:
@@ -108,14 +109,19 @@ class FilteredDecode:
 class Connector:
     """Runs one connection until `stop` is set; `streams` is what it subscribes to."""
 
-    def __init__(self, name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
+    def __init__(
+        self, name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream],
+        *, planned: Sequence[str] = (), takes_new: bool = True,
+    ) -> None:  # fmt: skip
+        """`planned`: the tickers of all connections of this connector; `takes_new`: new ones belong to this one."""
         kind = venue_class(settings.exchange)
         self.name, self.settings = name, settings
         brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
         feeds = [feed for feed in settings.feeds if feed in brought]
         self.emit = Emit(rings, name, kind.EXCHANGE, feeds, capacities=settings.capacity)
         logs.identify(name, self.emit.epoch)
-        self.venue = kind(self.emit, venue_options(settings, kind), streams)
+        options = venue_options(settings, kind)
+        self.venue = kind(self.emit, options, streams)
         self.venue.resume()
         self.stop = asyncio.Event()
         self._limits = kind.LIMITS
@@ -136,6 +142,8 @@ class Connector:
         if limits.messages_per_ip[0]:
             self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
         self._answering = False  # a polled venue has answered since it was last given up
+        followed = Followed(selection(settings), settings.feeds, options, planned, takes_new=takes_new)
+        self._listing = Listing(self.venue, settings.instruments_s, followed, lambda: self._is_connected)
         self._stats = StatsWriter(self.emit.directory)
         self._leg: Leg | None = None
         self._reconnect: Reconnect | None = None
@@ -144,8 +152,8 @@ class Connector:
         self._rows, self._data_ns, self._flowing_since_ns = self._rows_now(), 0, 0
         self._messages_per_s = limits.messages_per_s  # halved whenever the venue finds it too much
         self._send_tokens, self._sent_at = self._messages_per_s, time.monotonic()
+        self._subscriptions = Subscriptions(self.venue, settings.silent_s or limits.silent_s, self._may_ask)
         self._ahead_since_ns: dict[str, int] = {}  # ticker -> since when its best prices change and its book does not
-        self._silent_book = ""
         self._started_ns = time.time_ns()
         self._state = "starting"
         self._last_error = ""
@@ -278,16 +286,14 @@ class Connector:
         """Watch one connection until it ends or is to be replaced. Returns after a new one has taken over."""
         self._state = "connected"
         self._data_ns, self._flowing_since_ns = time.time_ns(), 0
-        self._ahead_since_ns, self._silent_book = {}, ""
+        self._ahead_since_ns = {}
         stale_s = self.settings.stale_s or self._limits.stale_s
         ends_at, again_at = self._end_of(), 0.0
         while True:
             await self._wait(leg, TICK_S)
             self._raise_if_over(leg)
-            if time.time_ns() - self._data_ns > stale_s * 1e9:
+            if time.time_ns() - self._data_ns > stale_s * 1e9 and self.venue.streams:
                 raise Stale(f"no data for {stale_s:g} s")
-            if self._silent_book:
-                raise Stale(f"best prices of {self._silent_book} change, its book does not")
             due = self._reconnect
             if due is None and ends_at and time.monotonic() > ends_at:
                 due = Reconnect(LIFETIME, overlap=True)
@@ -438,8 +444,18 @@ class Connector:
         if self.venue.wants:
             self._carry_out(leg)
 
+    @property
+    def _is_connected(self) -> bool:
+        return self._leg is not None or self._polled
+
+    def _may_ask(self) -> bool:
+        """One connection is open and has nothing left to send, so what is subscribed anew comes at once."""
+        if self._leg is None:
+            return self._polled
+        return not (self._leg.outbox or self._leg.closed.is_set() or self.venue.overlapping or self._reconnect)
+
     def _carry_out_current(self) -> None:
-        if self._leg is not None or self._polled:
+        if self._is_connected:
             self._carry_out(self._leg)
 
     def _carry_out(self, leg: Leg | None) -> None:
@@ -483,16 +499,19 @@ class Connector:
             leg = self._leg
             if leg is not None or self._polled:
                 self.venue.tick(time.time_ns())
+                self._listing.tick()
                 if leg is not None and not leg.tails_checked and time.time_ns() - leg.opened_ns > TAIL_CHECK_S * 1e9:
                     leg.tails_checked = True
                     self.venue.check_tails()
                 self._carry_out(leg)
             if ticks % STATS_EVERY_TICKS == 0:
                 self._look_for_silent_books()
+                self._subscriptions.tick()
+                self._carry_out_current()
                 self._publish()
 
     def _rows_now(self) -> int:
-        return sum(ring.next for name, ring in self.emit.rings.items() if name != GAPS.name)
+        return sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
 
     def _look_for_data(self) -> None:
         """Only rows count as data: heartbeats, replies and refused frames do not keep a connection."""
@@ -514,17 +533,17 @@ class Connector:
         """
         now, emit = time.time_ns(), self.emit
         patience_ns = int((self.settings.stale_s or self._limits.stale_s) * 1e9)
-        for ticker, book in self.venue.books.items():
+        for ticker, book in list(self.venue.books.items()):
             if book.state != LIVE or emit.last_row_ns("bbo", ticker) <= emit.last_row_ns("orderbook_l2", ticker):
                 self._ahead_since_ns.pop(ticker, None)
             elif now - self._ahead_since_ns.setdefault(ticker, now) > patience_ns:
-                self._silent_book = ticker
+                self._subscriptions.silent_book(ticker)
 
     def _proven(self) -> bool:
         """Every subscription is confirmed on the connection that is open now, or refused for good."""
         if self._leg is None and not self._polled:
             return False
-        return all(s.acknowledged_ns > s.requested_ns or s.refused for s in self.venue.proof.values())
+        return all(s.is_acknowledged or s.refused for s in self.venue.proof.values())
 
     def _tell_holes(self) -> None:
         """Record what the feeds without ids may have missed: once before the first row behind the hole, so that even
@@ -540,7 +559,7 @@ class Connector:
         """Receive time of the last row of each feed without ids that has one."""
         last: dict[str, int] = {}
         for name, ring in self.emit.rings.items():
-            if name not in (*SEQUENCED, GAPS.name) and ring.next:
+            if name not in (*SEQUENCED, *ALWAYS_ON) and ring.next:
                 last[name] = int(ring.recent_rows(ring.next - 1)["rcv_timestamp"][-1])
         return last
 
@@ -571,6 +590,8 @@ class Connector:
                         "ticker": s.ticker,
                         "requested_ns": proof.requested_ns,
                         "acknowledged_ns": proof.acknowledged_ns,
+                        "first_data_ns": proof.first_data_ns,
+                        "silent_ns": proof.silent_ns,
                         "refused": proof.refused,
                         "data_ns": emit.last_row_ns(s.feed, s.ticker),
                     }
@@ -587,6 +608,11 @@ def rest_hosts(settings: ConnectorConfig, kind: type[Venue]) -> list[str]:
     if settings.rest_url:
         return [settings.rest_url, *settings.rest_fallbacks]
     return [kind.REST_URL, *(settings.rest_fallbacks or kind.REST_FALLBACKS)]
+
+
+def selection(settings: ConnectorConfig) -> Selection:
+    """Which instruments a connector's configuration means."""
+    return Selection(*(tuple(getattr(settings, name)) for name in ("tickers", "kinds", "bases", "quotes")))
 
 
 def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
@@ -622,11 +648,17 @@ def pin(cpu: int | None) -> None:
         psutil.Process().cpu_affinity([cpu])
 
 
-def run_connector(name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
-    """The process of one connector; returns after a stop signal. RingError or ConfigError: it cannot run as configured."""
+def run_connector(
+    name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream],
+    *, planned: Sequence[str], takes_new: bool,
+) -> None:  # fmt: skip
+    """The process of one connector; returns after a stop signal. RingError or ConfigError: it cannot run as configured.
+
+    `planned` and `takes_new` as for `Connector`.
+    """
+
+    async def run() -> None:  # the connector is made inside the loop
+        await Connector(name, settings, rings, streams, planned=planned, takes_new=takes_new).run()
+
     pin(settings.cpu)
-    asyncio.run(_run(name, settings, rings, streams))
-
-
-async def _run(name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream]) -> None:
-    await Connector(name, settings, rings, streams).run()
+    asyncio.run(run())

@@ -16,7 +16,20 @@ import msgspec
 import numpy as np
 
 from mdcollector.errors import FrameError, RingError
-from mdcollector.records import BBO, FEEDS, GAPS, ORDERBOOK_L2, TICKERS, TRADES, UINT32_MAX, Exchange, Feed, Flag
+from mdcollector.records import (
+    ALWAYS_ON,
+    BBO,
+    FEEDS,
+    GAPS,
+    INSTRUMENTS,
+    ORDERBOOK_L2,
+    TICKERS,
+    TRADES,
+    UINT32_MAX,
+    Exchange,
+    Feed,
+    Flag,
+)
 from mdcollector.ring import RingWriter, ring_dir
 from mdcollector.stats import Histogram
 
@@ -30,7 +43,7 @@ REASONS_MAX = 200  # distinct reasons that are counted by name; the rest is coun
 
 CAPACITIES = {  # rows; default sizes of the rings, 128 MiB at most each
     "trades": 1 << 19, "orderbook_l2": 1 << 20, "bbo": 1 << 19, "tickers": 1 << 15,
-    "candles": 1 << 15, "liquidations": 1 << 15, "gaps": 1 << 14,
+    "candles": 1 << 15, "liquidations": 1 << 15, "instruments": 1 << 14, "gaps": 1 << 14,
 }  # fmt: skip
 
 SAMPLES_PER_TICK = 2048  # rows of a ring whose latencies are looked at in one tick
@@ -38,6 +51,7 @@ SAMPLES_PER_TICK = 2048  # rows of a ring whose latencies are looked at in one t
 _LAST, _TIME_LOCAL = int(Flag.LAST), int(Flag.TIME_LOCAL)
 _NOT_LIVE = int(Flag.REPAIRED | Flag.SNAPSHOT)
 _NAN = float("nan")
+_NOTHING_SAID: tuple[object, ...] = (True, b"", b"", b"", b"", _NAN, _NAN, _NAN, -1, -1)
 # Where the columns of a level lie in its row, in bytes; side and action lie in one half-word.
 _LEVEL_BYTES = ORDERBOOK_L2.dtype.itemsize
 _LEVEL_WORDS = _LEVEL_BYTES // 8
@@ -120,7 +134,7 @@ class Emit:
         )  # one life, one epoch for all rings
         self.rings: dict[str, RingWriter] = {}
         try:
-            for feed in (*feeds, GAPS.name):
+            for feed in (*feeds, *ALWAYS_ON):
                 self.rings[feed] = RingWriter(
                     self.directory,
                     FEEDS[feed],
@@ -147,6 +161,7 @@ class Emit:
         self._before_ticker: dict[int, bytes] = {}
         self._beginning_until = 0.0
         self.parse_ns, self.publish_ns = Histogram(), Histogram()
+        self._said_of = self._last_said()
         self.activity: dict[str, np.ndarray[Any, Any]] = {name: np.zeros(0, np.int64) for name in self.rings}
 
     def instrument(self, ticker: str) -> Instrument:
@@ -482,6 +497,65 @@ class Emit:
         values = (repaired, feed.encode(), first_id, last_id, from_time, to_time or self.rcv_us, cause.encode())
         self._append(GAPS.name, self.instrument(ticker), 0, 0, values)
 
+    def instrument_info(
+        self,
+        ticker: str,
+        active: bool,
+        kind: str,
+        base: str,
+        quote: str,
+        status: str,
+        *,
+        tick_size: float = _NAN,
+        qty_step: float = _NAN,
+        contract_size: float = _NAN,
+        listed_time: int = -1,
+        expiry_time: int = -1,
+    ) -> None:
+        """What the venue says of an instrument: a row when it says something new. Steps > 0 or NaN, times in us or -1.
+
+        FrameError when a number is impossible or a text does not fit its column.
+        """
+        for name, step in (("tick_size", tick_size), ("qty_step", qty_step), ("contract_size", contract_size)):
+            if not (0 < step < QTY_MAX or step != step):
+                raise FrameError("absurd_number", f"instrument {ticker} {name}={step}")
+        for name, at in (("listed_time", listed_time), ("expiry_time", expiry_time)):
+            if not -1 <= at < TIME_MAX_US:
+                raise FrameError("absurd_number", f"instrument {ticker} {name}={at}")
+        texts = [text.encode() for text in (kind, base, quote, status)]
+        for column, text in zip(INSTRUMENTS.words, texts, strict=False):
+            if len(text) > INSTRUMENTS.dtype[column.name].itemsize:
+                raise FrameError("text_too_long", f"instrument {ticker} {column.name}={text!r}")
+        # NaN is written down as one object, so that equal content compares as equal.
+        steps = [_NAN if step != step else step for step in (tick_size, qty_step, contract_size)]
+        self._say_of(ticker, (active, *texts, *steps, listed_time, expiry_time))
+
+    def instrument_gone(self, ticker: str) -> None:
+        """The venue no longer lists an instrument: a row, not active, once."""
+        _, *rest = self._said_of.get(ticker, _NOTHING_SAID)
+        self._say_of(ticker, (False, *rest))
+
+    def _say_of(self, ticker: str, values: tuple[object, ...]) -> None:
+        if self._said_of.get(ticker) == values:
+            return
+        ring, stage = self.rings[INSTRUMENTS.name], self._stage()
+        try:
+            code = ring.code(ticker)  # not in the tables of all rings: most of what is listed is not collected
+        except RingError as error:
+            raise FrameError("instrument_refused", str(error)) from error
+        flags = _TIME_LOCAL | _LAST | self._base_flags
+        ring.append((self.rcv_us, self.rcv_us, self.packet_id, stage, stage, code, self._code, flags, *values))
+        self._said_of[ticker] = values
+
+    def _last_said(self) -> dict[str, tuple[object, ...]]:
+        """What an earlier life of this connector said last of each instrument."""
+        ring = self.rings[INSTRUMENTS.name]
+        names, tickers = [c.name for c in (*INSTRUMENTS.bytes2, *INSTRUMENTS.words)], ring.tickers
+        said = dict[str, tuple[object, ...]]()
+        for code, active, *values in ring.recent_rows(0)[["ticker", *names]].tolist():
+            said[tickers[code]] = (bool(active), *(_NAN if value != value else value for value in values))
+        return said
+
     # Housekeeping, some times a second, never per message
 
     def tick(self) -> None:
@@ -506,7 +580,7 @@ class Emit:
             every = 1 + (ring.next - first) // SAMPLES_PER_TICK
             for rows in ring.recent_views(first):
                 active[rows["ticker"]] = now
-                if name != GAPS.name:
+                if name not in ALWAYS_ON:
                     sample = rows[::every]
                     live = sample["flags"] & _NOT_LIVE == 0
                     self.parse_ns.add(sample["parse_ns"][live], every)
@@ -518,6 +592,14 @@ class Emit:
         if instrument is None or seen is None or instrument.codes[feed] >= len(seen):
             return 0
         return int(seen[instrument.codes[feed]])
+
+    def last_rcv_us(self, feed: str, ticker: str) -> int:
+        """Receive time of the newest row of this feed and instrument, also of an earlier life; 0 = none. Slow."""
+        ring = self.rings.get(feed)
+        if ring is None or ticker not in (tickers := ring.tickers):
+            return 0
+        codes, times = ring.recent_columns("ticker", "rcv_timestamp")
+        return int(times[codes == tickers.index(ticker)].max(initial=0))
 
     def snapshot(self) -> dict[str, Any]:
         """What the stats page shows of the rings and of what was refused."""

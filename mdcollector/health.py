@@ -14,6 +14,7 @@ from mdcollector.errors import EXIT_CONFIG
 
 OK, DEGRADED, DOWN = "ok", "degraded", "down"  # of a process or a fleet; each is worse than the one before
 PAGE_STALE_S = 5.0  # a process publishes its page some times a second; one that is silent for so long is dead or hangs
+ACKNOWLEDGED_WITHIN_S = 15.0  # else a stream is shown
 HOLES_MANY = 50  # holes between two looks: more than single lost messages, and each costs a snapshot
 DISK_FREE_LEAST = 0.05  # share of the disk below which writers will soon stop
 CLOCK_OFFSET_MOST_S = 0.5
@@ -36,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "stale": Kind(DEGRADED, 60, "no row came for long on an open connection", "compare with the venue's web page; the connector reconnects by itself"),
     "book_invalid": Kind(DEGRADED, 30, "books are not proven", "wait for the resync; look at fetches waiting and the venue's weight"),
     "stream_refused": Kind(DEGRADED, 0, "the venue refused a subscription", "the instrument may be delisted, or the key lacks a right"),
+    "stream_unanswered": Kind(DEGRADED, 0, "a subscription got no answer", "it is asked for again by itself; look at the venue's status page"),
     "stream_silent": Kind(DEGRADED, 0, "an acknowledged stream does not deliver", "it is subscribed anew by itself; if it lasts, the venue changed"),
     "holes": Kind(DEGRADED, 0, "many holes in books or trades", "a storm of resyncs: look at the network and at CPU use"),
     "leg_dead": Kind(DEGRADED, 30, "an arbiter has lost a leg", "start the leg again: until then nothing fills holes of the other one"),
@@ -124,9 +126,8 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
         yield Finding("stale", name, f"no row for {(now_ns - page['data_ns']) / 1e9:.0f} s")
     if page["books_invalid_count"]:
         yield Finding("book_invalid", name, f"{page['books_invalid_count']} books are not proven at the moment")
-    for stream, numbers in page["streams"].items():
-        if numbers["refused"]:
-            yield Finding("stream_refused", name, f"{stream}: {numbers['refused']}")
+    for stream, (kind, text) in streams_unwell(page).items():
+        yield Finding(kind, name, f"{stream}: {text}")
     if before is not None:
         resyncs = _holes(page) - _holes(_same_life(page, before))
         lost = _counted(page, "disconnected", "stale") - _counted(_same_life(page, before), "disconnected", "stale")
@@ -134,6 +135,22 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
             yield Finding("reconnected", name, f"lost its connection {lost} times lately; {page['last_error']}")
         if resyncs > HOLES_MANY:
             yield Finding("holes", name, f"{resyncs} holes in the sequence of books and trades")
+
+
+def streams_unwell(page: Page) -> dict[str, tuple[str, str]]:
+    """Streams of a connector's page that were refused, are silent, or were not acknowledged for long: kind and words."""
+    found = {}
+    for name, stream in page["streams"].items():
+        if stream["refused"]:
+            found[name] = "stream_refused", f"refused: {stream['refused']}"
+        elif stream["silent_ns"]:
+            silent_s = (page["time_ns"] - stream["silent_ns"]) / 1e9
+            found[name] = "stream_silent", f"silent for {silent_s:.0f} s, though REST shows something new"
+        elif stream["acknowledged_ns"] <= stream["requested_ns"]:
+            waiting_s = (page["time_ns"] - stream["requested_ns"]) / 1e9
+            if stream["requested_ns"] and waiting_s > ACKNOWLEDGED_WITHIN_S:
+                found[name] = "stream_unanswered", f"not acknowledged for {waiting_s:.0f} s"
+    return found
 
 
 def _counted(page: Page, *names: str) -> int:

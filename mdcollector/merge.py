@@ -342,6 +342,40 @@ class CopyMerge(Merge):
             self.remember(key, rcv, legs)
 
 
+class LatestMerge(Merge):
+    """What is said of instruments: a row is new when it is younger than the last one and says something else."""
+
+    def __init__(self, own: RingWriter, legs: int, ledger: "Ledger", clock: Callable[[], float]) -> None:
+        super().__init__(own, legs, ledger, clock)
+        self._last: dict[int, tuple[int, bytes]] = {}  # ticker -> time of receipt and content of the newest row
+
+    def merge(self, parts: Parts) -> None:
+        rows, legs, _ = _in_order(parts)
+        size, raw = self.feed.dtype.itemsize, rows.tobytes()
+        for i, is_new in enumerate(self._news(rows)):
+            if is_new:
+                self.out.append(raw[i * size : (i + 1) * size])
+                self.wins[legs[i]] += 1
+            else:
+                self.duplicates[legs[i]] += 1
+
+    def note(self, rows: Rows) -> None:
+        for _ in self._news(rows):
+            continue
+
+    def _news(self, rows: Rows) -> Iterator[bool]:
+        content = joined([rows])
+        for name in (*_NOT_CONTENT, "timestamp"):
+            content[name] = 0
+        said = content.view(f"V{rows.dtype.itemsize}").tolist()
+        for code, rcv, what in zip(rows["ticker"].tolist(), rows["rcv_timestamp"].tolist(), said, strict=True):
+            last_rcv, last = self._last.get(code, (-1, b""))
+            is_new = rcv > last_rcv and what != last
+            if is_new:
+                self._last[code] = rcv, what
+            yield is_new
+
+
 class TradeMerge(CopyMerge):
     """Trades by their counter, in its order; those without one by their id."""
 

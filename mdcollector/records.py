@@ -262,6 +262,25 @@ GAPS = Feed(
         Column("cause", "S32", "category", "sequence, reconnect, restart, lapped, buffer_full, ..."),
     ),
 )
+INSTRUMENTS = Feed(
+    "instruments",
+    "what the venue says of an instrument, one row when it is first seen and one whenever something of it changes",
+    (Column("active", "u1", "bool", "it trades, so its streams bring data; false too when it is no longer listed"),),
+    (
+        Column("kind", "S16", "category", "spot, perpetual, future, option, ..."),
+        Column("base", "S24", "category", "what is traded, as the exchange calls it"),
+        Column("quote", "S16", "category", "what it is priced in, as the exchange calls it"),
+        Column("status", "S32", "category", "the exchange's own word"),
+        Column("tick_size", "f8", "float64", "smallest step of the price; null where not given", float("nan")),
+        Column("qty_step", "f8", "float64", "smallest step of the quantity; null where not given", float("nan")),
+        Column("contract_size", "f8", "float64", "what one unit of `qty` is, in base or quote units as the exchange names it; null where not given", float("nan")),
+        Column("listed_time", "i8", "timestamp", "when trading begins or began; null where not given", -1),
+        Column("expiry_time", "i8", "timestamp", "when it expires; null where not given or never", -1),
+    ),
+)  # fmt: skip
 
-FEEDS: dict[str, Feed] = {f.name: f for f in (TRADES, ORDERBOOK_L2, BBO, TICKERS, CANDLES, LIQUIDATIONS, GAPS)}
-DATA_FEEDS = tuple(name for name in FEEDS if name != GAPS.name)
+FEEDS: dict[str, Feed] = {
+    f.name: f for f in (TRADES, ORDERBOOK_L2, BBO, TICKERS, CANDLES, LIQUIDATIONS, INSTRUMENTS, GAPS)
+}
+ALWAYS_ON = (INSTRUMENTS.name, GAPS.name)  # every connector has them; they tell nothing of whether data flows
+DATA_FEEDS = tuple(name for name in FEEDS if name not in ALWAYS_ON)

@@ -22,9 +22,9 @@ import aiohttp
 import msgspec
 
 from mdcollector.config import ConnectorConfig, FleetConfig
-from mdcollector.connector import rest_hosts, venue_options
+from mdcollector.connector import rest_hosts, selection, venue_options
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, RateLimited, RingError
-from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, resolve_tickers, venue_class
+from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
 from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
@@ -47,11 +47,7 @@ class Planned(msgspec.Struct):
     connector: str
     tickers: list[str]
     streams: list[Stream]
-
-
-def has_patterns(tickers: Sequence[str]) -> bool:
-    """Whether the venue's list of instruments is needed to know what is meant."""
-    return any(set("*?[!") & set(ticker) for ticker in tickers)
+    takes_new: bool = True  # the last connection of its path: what is listed while it runs is its own
 
 
 def resolve(where: str, settings: ConnectorConfig) -> list[str]:
@@ -66,12 +62,15 @@ def resolve(where: str, settings: ConnectorConfig) -> list[str]:
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
     except (Disconnected, RateLimited, aiohttp.ClientError, TimeoutError, OSError) as error:
-        if has_patterns(settings.tickers):
-            raise ConfigError(f"{where}.tickers: patterns need the venue's list of instruments: {error}") from error
+        if selection(settings).needs_list:
+            raise ConfigError(
+                f"{where}.tickers: patterns and filters need the venue's list of instruments: {error}"
+            ) from error
         log.warning("%s: tickers not checked, no list of instruments: %s", where, error)
         return list(dict.fromkeys(settings.tickers))
     try:
-        return resolve_tickers(settings.tickers, listed)
+        selection(settings).check(listed)
+        return selection(settings).chosen(listed)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
 
@@ -117,16 +116,21 @@ def plan(where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     names = [name] if len(connections) == 1 else [f"{name}.{i}" for i in range(1, len(connections) + 1)]
+    last_of = {streams[0].path: process for process, streams in zip(names, connections, strict=True)}
     return [
-        Planned(process, name, list(dict.fromkeys(s.ticker for s in streams)), streams)
+        Planned(process, name, list(dict.fromkeys(s.ticker for s in streams)), streams, process in last_of.values())
         for process, streams in zip(names, connections, strict=True)
     ]
 
 
 def find_planned(
     where: str, name: str, fleet: FleetConfig, resolved: Path | None = None
-) -> tuple[Planned, ConnectorConfig]:
-    """The connection that the process `name` runs, with its configuration; `resolved` is a list of tickers in JSON."""
+) -> tuple[Planned, list[str], ConnectorConfig]:
+    """The connection that the process `name` runs, the tickers of all connections, and the configuration.
+
+    `resolved` is a list of tickers in JSON: what a supervisor has planned with stays the plan when a process begins
+    anew, so that no two connections take the same instrument.
+    """
     for connector, settings in fleet.connectors.items():
         if name != connector and name.rpartition(".")[0] != connector:
             continue
@@ -135,7 +139,7 @@ def find_planned(
         planned = plan(place, connector, settings, tickers)
         for connection in planned:
             if connection.name == name:
-                return connection, settings
+                return connection, tickers, settings
         names = ", ".join(connection.name for connection in planned)
         raise ConfigError(f"{place}: needs {len(planned)} connections, run one of {names}")
     raise ConfigError(f"{where}: no connector {name!r}; there are {', '.join(fleet.connectors) or 'none'}")

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -328,11 +329,13 @@ class Fetcher:
             return None
         self.failures = 0
 
+        failed = fetch.failed or partial(self._venue.http_failed, fetch)
+
         def deliver() -> bool:
             emit.packet(time.time_ns(), emit.clock())
             if status >= 400:
                 emit.counters["http_refused"] += 1
-                self._venue.http_failed(fetch, status, body)
+                failed(status, body)
                 return True
             try:
                 if fetch.answer is not None:
@@ -348,7 +351,7 @@ class Fetcher:
                 self.next_host()
                 if self._broken[fetch.key] < HTTP_TRIES:
                     return False
-                self._venue.http_failed(fetch, status, body)
+                failed(status, body)
             self._broken.pop(fetch.key, None)
             emit.end_packet()
             return True

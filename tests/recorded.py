@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from mdcollector.exchanges import InstrumentInfo
+
 DATA = Path(os.environ.get("MD_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="recorded traffic is not here (MD_DATA)")
 
@@ -98,11 +100,12 @@ class Expected:
     def __init__(self, exchange: str) -> None:
         self.exchange = exchange
         self.rows: dict[str, list[Row]] = {
-            f: [] for f in ("trades", "orderbook_l2", "bbo", "tickers", "candles", "gaps")
+            f: [] for f in ("trades", "orderbook_l2", "bbo", "tickers", "candles", "instruments", "gaps")
         }
         self.messages: list[tuple[int, str, int, Book]] = []  # rows of a book message, ticker, id, the book behind it
         self.texts: list[tuple[str, str]] = []  # of every trade: price and quantity as they were written
         self.counters: Counter[str] = Counter()
+        self.instruments: dict[str, Row] = {}
         self.rcv = self.packet = 0
 
     def head(self, ticker: str, timestamp: int, flags: int) -> Row:
@@ -113,6 +116,13 @@ class Expected:
             "timestamp": timestamp, "rcv_timestamp": self.rcv, "exchange": self.exchange, "ticker": ticker,
             "packet_id": self.packet, "flags": flags | REPLAYED, "parse_ns": 0, "publish_ns": 0,
         }  # fmt: skip
+
+    def instrument(self, ticker: str, **said: Any) -> None:
+        """What a list of instruments says of one (None = nothing); told only when it is something new."""
+        if self.instruments.get(ticker) == said:
+            return
+        self.instruments[ticker] = said
+        self.rows["instruments"].append({**self.head(ticker, 0, LAST), **said})
 
     def gap(self, feed: str, ticker: str, first: int, last: int, from_time: int, to_time: int, cause: str) -> None:
         self.rows["gaps"].append(
@@ -318,6 +328,15 @@ class BinanceModel:
             raise AssertionError(f"no recording has {name}")
 
     def body(self, url: str, answer: Json) -> None:
+        if urlsplit(url).path.endswith("/exchangeInfo"):
+            for s in answer["symbols"]:
+                steps = {f["filterType"]: f for f in s.get("filters", [])}
+                tick, lot = steps.get("PRICE_FILTER", {}).get("tickSize"), steps.get("LOT_SIZE", {}).get("stepSize")
+                self.expected.instrument(
+                    s["symbol"], active=s["status"] == "TRADING", kind="spot", base=s["baseAsset"],
+                    quote=s["quoteAsset"], status=s["status"], tick_size=tick and float(tick),
+                    qty_step=lot and float(lot), contract_size=1.0, listed_time=None, expiry_time=None,
+                )  # fmt: skip
         if not urlsplit(url).path.endswith("/depth"):
             return
         book = self._book(parse_qs(urlsplit(url).query)["symbol"][0])
@@ -401,7 +420,25 @@ class DeribitModel:
             raise AssertionError(f"no recording has {channel}")
 
     def body(self, url: str, answer: Json) -> None:
-        """No recording holds an answer that becomes rows."""
+        if not urlsplit(url).path.endswith("/get_instruments"):
+            return
+        for i in answer["result"]:
+            listed, expiry = (
+                i[key] * 1000 if key in i else None for key in ("creation_timestamp", "expiration_timestamp")
+            )
+            self.expected.instrument(
+                i["instrument_name"], active=i["is_active"],
+                kind="perpetual" if i.get("settlement_period") == "perpetual" else i["kind"], base=i["base_currency"],
+                quote=i["quote_currency"], status=i.get("state", ""), tick_size=float(i["tick_size"]),
+                qty_step=float(i["min_trade_amount"]), contract_size=1.0, listed_time=listed,
+                expiry_time=None if expiry is None or expiry >= 4_102_444_800_000_000 else expiry,
+            )  # fmt: skip
+
+
+def told(info: InstrumentInfo) -> Row:
+    """What a venue's file read of an instrument, as the model writes it down."""
+    said = {name: getattr(info, name) for name in info.__struct_fields__ if name != "ticker"}
+    return {name: None if value == -1 or value != value else value for name, value in said.items()}
 
 
 def run(model: Any, lines: Iterable[Json]) -> Any:

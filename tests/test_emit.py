@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mdcollector import emit as emit_module
 from mdcollector.emit import BEGINNING_S, Emit, level_code
 from mdcollector.errors import FrameError, RingError
-from mdcollector.records import FEEDS, Exchange
+from mdcollector.records import ALWAYS_ON, FEEDS, Exchange
 from mdcollector.ring import RingReader
 
 NEW, UPDATE, DELETE = 1, 2, 3
@@ -32,6 +32,7 @@ SIZES = {
     "tickers": 192,
     "candles": 128,
     "liquidations": 64,
+    "instruments": 192,
     "gaps": 128,
 }
 
@@ -70,7 +71,7 @@ class Made:
     def __init__(self, folder: Path, capacity: int = 512, feeds: tuple[str, ...] = ALL, **options: Any) -> None:
         self.clock = Clock()
         self.emit = Emit(
-            folder, "c", Exchange.DERIBIT, feeds, capacities=dict.fromkeys((*feeds, "gaps"), capacity), clock=self.clock,
+            folder, "c", Exchange.DERIBIT, feeds, capacities=dict.fromkeys((*feeds, *ALWAYS_ON), capacity), clock=self.clock,
             semaphore=False, **options,
         )  # fmt: skip
         self.a = self.emit.instrument("A")
@@ -257,6 +258,58 @@ def test_gap(made: Made) -> None:
     assert made.emit.counters == {"gap_orderbook_l2_sequence": 1, "gap_trades_filled_repaired": 1}
 
 
+def test_an_instrument_is_told_when_something_of_it_is_new(made: Made) -> None:
+    def tell(tick_size: float) -> None:
+        made.emit.instrument_info(
+            "Ä", True, "option", "BTC", "USD", "open", tick_size=tick_size, expiry_time=1_700_000_000_000_000
+        )
+
+    tell(0.5)
+    tell(0.5)
+    tell(0.25)
+    made.emit.instrument_gone("Ä")
+    made.emit.instrument_gone("Ä")
+    texts = b"option".ljust(16, b"\0") + b"BTC".ljust(24, b"\0") + b"USD".ljust(16, b"\0") + b"open".ljust(32, b"\0")
+    times, nan, wanted = i8(-1, 1_700_000_000_000_000), float("nan"), []
+    for seq, (tick, active) in enumerate(((0.5, b"\1"), (0.25, b"\1"), (0.25, b"\0"))):
+        stage, numbers = 10 * (seq + 1), f8(tick, nan, nan)
+        wanted.append(
+            row("instruments", seq, 2, LAST | TIME_LOCAL, texts, numbers, times, one=active, parse=stage, publish=stage)
+        )
+    assert made.stored("instruments") == wanted
+    assert "Ä" not in made.emit.rings["trades"].tickers, "what is only listed takes no place among what is collected"
+
+
+def test_an_instrument_is_not_told_again_by_the_next_life(tmp_path: Path) -> None:
+    for tick_size in (0.5, 0.5, 0.25):
+        one = Made(tmp_path, epoch=1)
+        one.emit.instrument_info("A", True, "spot", "B", "Q", "ok", tick_size=tick_size)
+        one.emit.instrument_info("B", False, "", "", "", "")
+        told = [(int(r["ticker"]), float(r["tick_size"])) for r in one.emit.rings["instruments"].recent_rows(0)]
+        one.emit.close()
+    assert [tick for code, tick in told if code == 0] == [0.5, 0.25]
+    assert len([code for code, _ in told if code == 2]) == 1, "numbers that are not given are equal, too"
+
+
+@pytest.mark.parametrize(
+    ("reason", "what"),
+    [
+        ("absurd_number", {"tick_size": 0.0}), ("absurd_number", {"qty_step": -1.0}),
+        ("absurd_number", {"contract_size": float("inf")}), ("absurd_number", {"listed_time": -2}),
+        ("absurd_number", {"expiry_time": 1 << 62}), ("text_too_long", {"kind": "k" * 17}),
+        ("text_too_long", {"status": "é" * 17}), ("instrument_refused", {"ticker": "T" * 61}),
+    ],
+)  # fmt: skip
+def test_an_impossible_instrument_is_refused(made: Made, reason: str, what: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"ticker": "A", "active": True, "kind": "spot", "base": "B", "quote": "Q", "status": "ok"}
+    with pytest.raises(FrameError) as refusal:
+        made.emit.instrument_info(**{**good, **what})
+    assert refusal.value.reason == reason
+    assert not made.stored("instruments")
+    made.emit.instrument_info(**good)
+    assert len(made.stored("instruments")) == 1
+
+
 def test_a_replay_is_flagged_in_every_row(tmp_path: Path) -> None:
     one = Made(tmp_path, replayed=True)
     one.emit.trade(one.a, 1, 1, 1.0, 1.0, 1)
@@ -266,13 +319,14 @@ def test_a_replay_is_flagged_in_every_row(tmp_path: Path) -> None:
     one.emit.ticker(one.a, 1)
     one.emit.candle(one.a, 1, b"1m", 1, (1.0,) * 4, 1.0, 1, False)
     one.emit.liquidation(one.a, 1, 1, 1.0, 1.0)
+    one.emit.instrument_info("A", True, "spot", "A", "", "")
     one.emit.gap("trades", "A", cause="x")
     flags = {name: ring.recent_rows(0)["flags"].tolist() for name, ring in one.emit.rings.items()}
     one.emit.close()
     both = [REPLAYED | LAST]
     assert flags == {
         "trades": [*both, REPLAYED, *both], "orderbook_l2": [REPLAYED, *both], "bbo": both, "tickers": both, "candles": both,
-        "liquidations": both, "gaps": [REPLAYED | LAST | TIME_LOCAL],
+        "liquidations": both, "instruments": [REPLAYED | LAST | TIME_LOCAL], "gaps": [REPLAYED | LAST | TIME_LOCAL],
     }  # fmt: skip
 
 
@@ -507,7 +561,7 @@ def test_feeds_that_are_not_configured_are_checked_and_left_out(tmp_path: Path) 
     with pytest.raises(FrameError):
         one.emit.trade(one.a, 1, 1, NAN, 1.0, 1)
     one.emit.bbo(one.a, 1, 1.0, 1.0, 2.0, 1.0)
-    assert {name: ring.next for name, ring in one.emit.rings.items()} == {"bbo": 1, "gaps": 0}
+    assert {name: ring.next for name, ring in one.emit.rings.items()} == {"bbo": 1, "instruments": 0, "gaps": 0}
     one.emit.close()
 
 
@@ -541,7 +595,13 @@ def test_a_restart_continues_rows_packets_and_instruments(tmp_path: Path) -> Non
     newest = one.emit.packet_id
     one.emit.close()
     two = Emit(
-        tmp_path, "c", Exchange.DERIBIT, ALL, capacities=dict.fromkeys((*ALL, "gaps"), 512), semaphore=False, epoch=6
+        tmp_path,
+        "c",
+        Exchange.DERIBIT,
+        ALL,
+        capacities=dict.fromkeys((*ALL, *ALWAYS_ON), 512),
+        semaphore=False,
+        epoch=6,
     )
     assert two.packet_id == newest + 1
     assert two.instrument("BÉ").codes == dict.fromkeys(SIZES, 1)
@@ -558,6 +618,6 @@ def test_a_restart_continues_rows_packets_and_instruments(tmp_path: Path) -> Non
 
 def test_a_second_emitter_is_refused_and_leaves_nothing_open(made: Made, tmp_path: Path) -> None:
     with pytest.raises(RingError):
-        Emit(tmp_path, "c", Exchange.DERIBIT, ALL, capacities=dict.fromkeys((*ALL, "gaps"), 512), semaphore=False)
+        Emit(tmp_path, "c", Exchange.DERIBIT, ALL, capacities=dict.fromkeys((*ALL, *ALWAYS_ON), 512), semaphore=False)
     made.emit.trade(made.a, 1, 1, 1.0, 1.0, 1)
     assert made.emit.rings["trades"].next == 1

@@ -74,7 +74,7 @@ def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(fleet
     line = next(line for line in fleet.logs[0].read_text().splitlines() if line.startswith('{"rings"'))
     report = json.loads(line)
     assert report["lost"] == 0
-    assert {row["feed"] for row in report["rings"]} == {"trades", "orderbook_l2", "bbo", "gaps"}
+    assert {row["feed"] for row in report["rings"]} == {"trades", "orderbook_l2", "bbo", "instruments", "gaps"}
     assert all(row["published"] == row["durable"] for row in report["rings"])
     fleet.sim.stop()
     proof = prove(fleet.sim.ledger(), target, fleet.rings, exchange, feeds=("trades", "orderbook_l2", "bbo"))

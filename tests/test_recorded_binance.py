@@ -26,6 +26,7 @@ from recorded import (
     run,
     same_decimal,
     table,
+    told,
 )
 
 from mdcollector import OrderBook
@@ -557,10 +558,10 @@ def test_depth_body(name: str, venue: Any) -> None:
 @pytest.mark.parametrize("name", INFOS)
 def test_instruments_body(name: str) -> None:
     raw = (FOLDER / "rest" / name).read_bytes()
-    listed = BinanceSpot.instruments(raw)
-    assert [(i.ticker, i.active, i.base, i.quote) for i in listed] == [
-        (s["symbol"], s["status"] == "TRADING", s["baseAsset"], s["quoteAsset"]) for s in json.loads(raw)["symbols"]
-    ]
+    model = BinanceModel()
+    model.body("/api/v3/exchangeInfo", json.loads(raw))
+    listed = {i.ticker: told(i) for i in BinanceSpot.instruments(raw)}
+    assert listed == model.expected.instruments
 
 
 @pytest.mark.parametrize("name", TRADES)

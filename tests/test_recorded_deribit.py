@@ -26,6 +26,7 @@ from recorded import (
     run,
     same_decimal,
     table,
+    told,
 )
 
 from mdcollector import OrderBook
@@ -453,10 +454,9 @@ SUMMARIES = [name for name in BODIES if name.startswith("open_interest")]
 @pytest.mark.parametrize("name", INSTRUMENTS)
 def test_instruments_body(name: str) -> None:
     raw = (FOLDER / "rest" / name).read_bytes()
-    assert [(i.ticker, i.active, i.kind, i.base, i.quote) for i in Deribit.instruments(raw)] == [
-        (i["instrument_name"], i["is_active"], i["kind"], i["base_currency"], i["quote_currency"])
-        for i in json.loads(raw)["result"]
-    ]
+    model = DeribitModel()
+    model.body("/api/v2/public/get_instruments", json.loads(raw))
+    assert {i.ticker: told(i) for i in Deribit.instruments(raw)} == model.expected.instruments
 
 
 @pytest.mark.parametrize("name", LAST_TRADES)

@@ -19,7 +19,8 @@ HEAD = {
 def test_sizes_and_offsets_are_pinned_for_this_layout_version() -> None:
     assert LAYOUT_VERSION == 1
     assert {name: feed.dtype.itemsize for name, feed in FEEDS.items()} == {
-        "trades": 128, "orderbook_l2": 128, "bbo": 128, "tickers": 192, "candles": 128, "liquidations": 64, "gaps": 128,
+        "trades": 128, "orderbook_l2": 128, "bbo": 128, "tickers": 192, "candles": 128, "liquidations": 64,
+        "instruments": 192, "gaps": 128,
     }  # fmt: skip
     own = {
         name: {column.name: feed.dtype.fields[column.name][1] for column in (*feed.bytes2, *feed.words)}
@@ -39,6 +40,10 @@ def test_sizes_and_offsets_are_pinned_for_this_layout_version() -> None:
             "volume": 88, "trades": 96,
         },
         "liquidations": {"side": 38, "price": 40, "qty": 48},
+        "instruments": {
+            "active": 38, "kind": 40, "base": 56, "quote": 80, "status": 96, "tick_size": 128, "qty_step": 136,
+            "contract_size": 144, "listed_time": 152, "expiry_time": 160,
+        },
         "gaps": {
             "repaired": 38, "feed": 40, "first_id": 56, "last_id": 64, "from_time": 72, "to_time": 80, "cause": 88,
         },

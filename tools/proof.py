@@ -109,7 +109,7 @@ def prove(
     for feed in feeds:
         comparison.feed(feed)
     if rings is not None:
-        for feed in (*feeds, "gaps"):
+        for feed in (*feeds, "instruments", "gaps"):
             comparison.rings(rings, feed)
     return comparison.proof
 

@@ -8,9 +8,10 @@ venue runs the same on a live connection and on a recording. Adding one touches 
 import importlib
 import math
 import pkgutil
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, TypeVar
 
@@ -20,7 +21,7 @@ import numpy as np
 from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, TRADE_IDS_KEPT, BookSync, FollowRule, TradeIds, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
-from mdcollector.records import Exchange
+from mdcollector.records import INSTRUMENTS, Exchange
 
 # Types for wire structs: what is outside is refused while decoding, in the C core.
 Id = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -32,6 +33,7 @@ ROUTES_MAX = 4096  # streams whose decoder is remembered by name; the frames of 
 REASON_CHARS_MAX = 200  # kept of a reason that a venue gives
 NOTES_MAX = 500  # kept for status
 PAGES_MAX = 100  # of the list of instruments; the longest known has 10
+NAMES_SHOWN_MAX = 20  # in the text of an error
 FIELDS_MAX, ITEMS_LOOKED_AT = 1000, 3  # of the first frame of a stream, when it is searched for new fields
 _Body = TypeVar("_Body")
 
@@ -74,6 +76,7 @@ class Fetch(msgspec.Struct, frozen=True):
     path: str
     weight: int
     answer: Callable[[bytes], None] | None = None  # who takes the body; None = the venue's `http`
+    failed: Callable[[int, bytes], None] | None = None  # who takes a refusal; None = the venue's `http_failed`
 
 
 class Reconnect(msgspec.Struct, frozen=True):
@@ -130,6 +133,20 @@ class StreamState(msgspec.Struct):
     requested_ns: int = 0
     acknowledged_ns: int = 0
     refused: str = ""
+    first_data_ns: int = 0  # since it was requested
+    silent_ns: int = 0  # last data before a silence that is proven to be none of the market's; 0 = it delivers
+    asked: int = 0  # requests without an acknowledgement
+    probe_ns: int = 0  # it is not checked over REST before
+    quiet: int = 0  # checks in a row that changed nothing
+    suspect_ns: int = 0  # REST shows more than it brought; it is silent if it has not brought that by then
+    hole_us: int = 0  # last data before a hole that is not told to its end; 0 = none
+    hole_cause: str = ""
+    hole_told: bool = False
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """The newest request was confirmed."""
+        return self.acknowledged_ns > self.requested_ns
 
 
 class Venue(ABC):
@@ -160,7 +177,10 @@ class Venue(ABC):
         """`open_world`: take every instrument that appears (recordings), else refuse what was not subscribed."""
         self.emit, self.options, self.open_world = emit, options, open_world
         self.streams = list(streams)
+        self.path = streams[0].path if streams else ""
         self.proof = {stream.name: StreamState() for stream in streams}
+        self._tickers = {stream.name: stream.ticker for stream in streams}
+        self._wanted = set(self._tickers.values())
         self._routes: dict[bytes, Decode] = {}
         self.decode = self._router()
         self.wants: deque[Want] = deque()
@@ -224,7 +244,7 @@ class Venue(ABC):
 
     def ws_path(self) -> str:
         """Path (with query) below the WebSocket base."""
-        return self.streams[0].path
+        return self.path
 
     @abstractmethod
     def opened(self) -> None:
@@ -237,6 +257,42 @@ class Venue(ABC):
     @abstractmethod
     def unsubscribe(self, names: Sequence[str]) -> None:
         """Want these streams left."""
+
+    def add(self, streams: Sequence[Stream], *, connected: bool) -> None:
+        """Take these streams, too; asked for at once on an open connection, else with all others."""
+        now_ns = time.time_ns()
+        self.streams += streams
+        for stream in streams:
+            before_us = self.emit.last_rcv_us(stream.feed, stream.ticker)  # of an earlier listing, or an earlier life
+            self.proof[stream.name] = StreamState(requested_ns=now_ns, hole_us=before_us, hole_cause="listing")
+        self._tickers |= {stream.name: stream.ticker for stream in streams}
+        self._wanted = set(self._tickers.values())
+        self._routes.clear()  # they may lead to the book of an earlier listing
+        if connected:
+            self.subscribe([stream.name for stream in streams])
+        self.resume()
+        for ticker in {stream.ticker for stream in streams} & self.trade_syncs.keys():
+            if connected and self.trade_syncs[ticker].unproven:
+                self.trade_syncs[ticker].want_tail()
+
+    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
+        """Leave all streams of these instruments, drop their books and counters; where they stood is remembered."""
+        names = [stream.name for stream in self.streams if stream.ticker in tickers]
+        self.streams = [stream for stream in self.streams if stream.ticker not in tickers]
+        for name in names:
+            del self._tickers[name]
+            self.proof.pop(name, None)
+            self.notes.pop(f"refused {name}", None)
+        self._wanted = set(self._tickers.values())
+        for ticker in tickers:
+            if (book := self.books.pop(ticker, None)) is not None:
+                for _ in book.flush():
+                    continue
+                self._books_left[ticker] = book.last_id
+            if (sync := self.trade_syncs.pop(ticker, None)) is not None:
+                self._trades_left[ticker] = sync.last, []
+        if connected and names:
+            self.unsubscribe(names)
 
     def _router(self) -> Decode:
         """`decode`: translate one text message. FrameError or msgspec.DecodeError when it is unusable.
@@ -346,7 +402,7 @@ class Venue(ABC):
 
     def admit(self, ticker: str) -> None:
         """FrameError unless rows of this instrument are wanted."""
-        if not self.open_world and ticker not in {stream.ticker for stream in self.streams}:
+        if not self.open_world and ticker not in self._wanted:
             raise FrameError("unknown_symbol", ticker)
 
     def book(self, ticker: str, follows: FollowRule) -> BookSync:
@@ -385,6 +441,31 @@ class Venue(ABC):
     def want_recent(self, trades: TradeIds) -> None:
         """The most recent trades of an instrument are wanted, which has no counter to ask for."""
         raise NotImplementedError(f"{self.NAME} has trades without a counter and does not say how to ask for them")
+
+    def take_instruments(self, url: str, body: bytes) -> list[InstrumentInfo]:
+        """What one page of the list of instruments says; what is new of the wanted ones becomes rows.
+
+        The venue's `http` hands recorded pages to it, the connector those that it asked for itself.
+        """
+        listed = self.instruments(body)
+        wanted = [info for info in listed if self.open_world or info.ticker in self._wanted]
+        most = self.emit.rings[INSTRUMENTS.name].capacity // 2  # rows that no reader can be too slow for
+        if len(wanted) > most:
+            self.emit.counters["instruments_overflow"] += len(wanted) - most
+        for info in wanted[:most]:
+            self.tell(info)
+        return listed
+
+    def tell(self, info: InstrumentInfo) -> None:
+        """A row where this says something new of an instrument; an impossible one is counted, the others are good."""
+        try:
+            self.emit.instrument_info(
+                info.ticker, info.active, info.kind, info.base, info.quote, info.status, tick_size=info.tick_size,
+                qty_step=info.qty_step, contract_size=info.contract_size, listed_time=info.listed_time,
+                expiry_time=info.expiry_time,
+            )  # fmt: skip
+        except FrameError as error:
+            self.emit.refused_error(error, str(info).encode())
 
     @abstractmethod
     def want_snapshot(self, book: BookSync) -> None:
@@ -472,18 +553,51 @@ def _books_left(emit: Emit) -> dict[str, int]:
     return {ring.tickers[code]: int(ids[codes == code][-1]) for code in np.unique(codes)}
 
 
-def resolve_tickers(patterns: Sequence[str], listed: Sequence[InstrumentInfo]) -> list[str]:
-    """Active instruments that any pattern names (`!pattern` excludes), sorted; ConfigError names a pattern without any."""
-    wanted: set[str] = set()
-    active = [info.ticker for info in listed if info.active]
-    for pattern in (p for p in patterns if not p.startswith("!")):
-        hits = {ticker for ticker in active if fnmatchcase(ticker.upper(), pattern.upper())}
-        if not hits:
-            raise ConfigError(f"tickers: {pattern!r} names no active instrument of the venue ({len(active)} listed)")
-        wanted |= hits
-    for pattern in (p[1:] for p in patterns if p.startswith("!")):
-        wanted -= {ticker for ticker in wanted if fnmatchcase(ticker.upper(), pattern.upper())}
-    return sorted(wanted)
+class Selection(msgspec.Struct, frozen=True):
+    """Which instruments are meant: patterns of their names (`!pattern` excludes), and filters (none = all)."""
+
+    patterns: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
+    quotes: tuple[str, ...] = ()
+
+    @property
+    def needs_list(self) -> bool:
+        """Whether only the venue's list of instruments tells what is meant."""
+        return bool(self.kinds or self.bases or self.quotes) or any(set("*?[!") & set(p) for p in self.patterns)
+
+    def chosen(self, listed: Iterable[InstrumentInfo]) -> list[str]:
+        """Active instruments that are meant, sorted."""
+        tickers = {info.ticker for info in listed if info.active and self._passes(info)}
+        wanted = {t for p in self.patterns if not p.startswith("!") for t in tickers if _fits(t, p)}
+        return sorted(t for t in wanted if not any(_fits(t, p[1:]) for p in self.patterns if p.startswith("!")))
+
+    def _passes(self, info: InstrumentInfo) -> bool:
+        filters = ((self.kinds, info.kind), (self.bases, info.base), (self.quotes, info.quote))
+        return all(not names or value.upper() in {n.upper() for n in names} for names, value in filters)
+
+    def check(self, listed: Sequence[InstrumentInfo]) -> None:
+        """ConfigError names a filter or pattern that fits no active instrument, or says that nothing is left."""
+        active = [info for info in listed if info.active]
+        for key, names in (("kinds", self.kinds), ("bases", self.bases), ("quotes", self.quotes)):
+            known = sorted({getattr(info, key[:-1]) for info in active})
+            for name in names:
+                if name.upper() not in {value.upper() for value in known}:
+                    shown = ", ".join(known[:NAMES_SHOWN_MAX]) + (", ..." if len(known) > NAMES_SHOWN_MAX else "")
+                    raise ConfigError(f"{key}: no active instrument has {key[:-1]} {name!r}; there are {shown}")
+        passing = [info.ticker for info in active if self._passes(info)]
+        for pattern in self.patterns:
+            if not pattern.startswith("!") and not any(_fits(ticker, pattern) for ticker in passing):
+                let = f", {len(passing)} pass the filters" if len(passing) < len(active) else ""
+                raise ConfigError(
+                    f"tickers: {pattern!r} names no active instrument of the venue ({len(active)} listed{let})"
+                )
+        if not self.chosen(active):
+            raise ConfigError(f"tickers: {', '.join(self.patterns)}: what is excluded leaves nothing")
+
+
+def _fits(ticker: str, pattern: str) -> bool:
+    return fnmatchcase(ticker.upper(), pattern.upper())
 
 
 def _venues_in(module: str) -> dict[str, type[Venue]]:

@@ -5,6 +5,7 @@ Streams are combined (`/stream`), times in microseconds (`timeUnit=MICROSECOND`;
 size). The book starts over HTTP; trades have a counter without holes, so a missed one is proven and fetched.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ SNAPSHOT_LEVELS_DEFAULT = 1000  # of at most 5000 a side: a fifth of the weight,
 SNAPSHOT_WEIGHTS = ((100, 5), (500, 25), (1000, 50), (5000, 250))  # limit up to, weight; 2026-07
 TRADES_PER_REQUEST = 1000  # GET /api/v3/historicalTrades; 2026-07
 TRADES_WEIGHT = 25
+PROBE_WEIGHT = 4  # GET /api/v3/aggTrades; 2026-07
 SUBSCRIBE_CHUNK = 200  # stream names in one SUBSCRIBE
 _MS_MAX = 100_000_000_000_000  # a larger time is in microseconds already
 _NOTHING = msgspec.Raw(b"")
@@ -131,11 +133,20 @@ class _RestTrade(msgspec.Struct):
     isBuyerMaker: bool  # noqa: N815 (the venue's name)
 
 
+class _Filter(msgspec.Struct):
+    """{"filterType":"PRICE_FILTER","minPrice":"0.01",...,"tickSize":"0.01"}, {"filterType":"LOT_SIZE",...,"stepSize":"0.00001"}"""
+
+    filterType: str = ""  # noqa: N815 (the venue's name)
+    tickSize: Quantity = 0.0  # noqa: N815 (the venue's name)
+    stepSize: Quantity = 0.0  # noqa: N815 (the venue's name)
+
+
 class _Symbol(msgspec.Struct):
     symbol: str
     status: str
     baseAsset: str = ""  # noqa: N815 (the venue's name)
     quoteAsset: str = ""  # noqa: N815 (the venue's name)
+    filters: list[_Filter] = []
 
 
 class _ExchangeInfo(msgspec.Struct):
@@ -157,6 +168,9 @@ class _Envelope(msgspec.Struct):
     error: msgspec.Raw = _NOTHING
 
 
+_NO_FILTER = _Filter()
+
+
 def _frames(kind: type[msgspec.Struct]) -> Callable[[bytes], Any]:
     """Decoder of a combined frame that carries `kind` in `data`; numbers in text become floats in the C core."""
     frame = msgspec.defstruct(f"{kind.__name__}Frame", [("data", kind)], gc=False)
@@ -168,7 +182,8 @@ _decode_book_ticker, _decode_ticker, _decode_kline = _frames(BookTicker), _frame
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_snapshot = msgspec.json.Decoder(_Snapshot, strict=False).decode
 _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
-_decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo).decode
+_decode_newest = msgspec.json.Decoder(list[AggTrade], strict=False).decode
+_decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo, strict=False).decode
 
 # Event name of a raw payload -> how its stream is called behind the @.
 _STREAM_OF_EVENT = {
@@ -208,12 +223,12 @@ class BinanceSpot(Venue):
         messages_per_s=4,  # 5 a second, pongs included
         connects=(300, 300.0),
         weight=(6000, 60.0),  # REQUEST_WEIGHT, rest-api.md and exchangeInfo, 2026-07
+        instruments_weight=20,  # GET /api/v3/exchangeInfo, 2026-07
         lifetime_s=24 * 3600.0,
     )
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        self._tickers = {stream.name: stream.ticker for stream in streams}
         self._trade_kinds: dict[str, str] = {}
         self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
@@ -234,10 +249,7 @@ class BinanceSpot(Venue):
 
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
-        return [
-            InstrumentInfo(s.symbol, s.status == "TRADING", base=s.baseAsset, quote=s.quoteAsset)
-            for s in decode_body(_decode_exchange_info, body).symbols
-        ]
+        return [_info(s) for s in decode_body(_decode_exchange_info, body).symbols]
 
     # Connection
 
@@ -381,6 +393,15 @@ class BinanceSpot(Venue):
 
         return on_kline
 
+    # Whether an acknowledged stream delivers
+
+    def probe(self, stream: Stream) -> Fetch:
+        """A trade changes the book, the best prices, the statistics and the candle: the newest one tells for all."""
+        return Fetch(stream.name, f"/api/v3/aggTrades?symbol={quote(stream.ticker)}&limit=1", PROBE_WEIGHT)
+
+    def newest_us(self, stream: Stream, body: bytes) -> int:
+        return max((_us(trade.T) for trade in decode_body(_decode_newest, body)), default=0)
+
     # HTTP
 
     def want_snapshot(self, book: BookSync) -> None:
@@ -420,7 +441,9 @@ class BinanceSpot(Venue):
                 for t in decode_body(_decode_rest_trades, body)
             ]
             sync.repaired(int(query.get("fromId", ["-1"])[0]), trades)
-        elif endpoint not in ("exchangeInfo", "time", "ping"):
+        elif endpoint == "exchangeInfo":
+            self.take_instruments(url, body)
+        elif endpoint not in ("time", "ping"):
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -431,6 +454,15 @@ class BinanceSpot(Venue):
         else:
             self.emit.counters["trade_repair_refused"] += 1
             self.notes[f"repair of {ticker} refused"] = reason
+
+
+def _info(s: _Symbol) -> InstrumentInfo:
+    filters = {f.filterType: f for f in s.filters}
+    prices, lots = filters.get("PRICE_FILTER", _NO_FILTER), filters.get("LOT_SIZE", _NO_FILTER)
+    return InstrumentInfo(
+        s.symbol, s.status == "TRADING", "spot", s.baseAsset, s.quoteAsset, s.status, contract_size=1.0,
+        tick_size=prices.tickSize or math.nan, qty_step=lots.stepSize or math.nan,
+    )  # fmt: skip
 
 
 def _control(method: str, names: Sequence[str], request_id: int) -> str:

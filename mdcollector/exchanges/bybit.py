@@ -332,7 +332,7 @@ class Bybit(Venue):
         self._handlers: dict[str, Callable[[bytes], None]] = {}
         self._depths: dict[str, str] = {}  # ticker -> depth of the topic that its book comes from
         self._best = _best_left(emit)  # ticker -> u and seq of the last row of bbo, older messages since
-        self._tickers: dict[str, _TickerState] = {}
+        self._ticker_states: dict[str, _TickerState] = {}
 
     # Planning
 
@@ -451,7 +451,7 @@ class Bybit(Venue):
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
         self._handlers.clear()
-        self._tickers.clear()  # what changes meanwhile comes with the next snapshot only
+        self._ticker_states.clear()  # what changes meanwhile comes with the next snapshot only
         self._depths.clear()
         self._resubscribe.clear()  # the new connection begins every book with a snapshot
 
@@ -634,7 +634,7 @@ class Bybit(Venue):
             values = self._ticker_values(event.data)
             if event.type != "snapshot" and not (event.type == "delta" and self.TICKERS_MERGE):
                 raise FrameError("unknown_ticker_type", event.type)
-            state = self._tickers.setdefault(ticker, _TickerState())
+            state = self._ticker_states.setdefault(ticker, _TickerState())
             if self.TICKERS_MERGE:
                 merged = self._merged(state, event, values)
                 if merged is None:

@@ -6,6 +6,7 @@ The book starts with a snapshot on the same channel; trades carry `trade_seq`, w
 an authenticated connection; without credentials the 100 ms channels are taken and the status says so.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked f
 REFILL_S = 10.0  # after error 10028: the subscribe pool of 30,000 credits refills at about 10,000 in 3 s
 TRADES_PER_REQUEST = 1000
 CANDLE_AHEAD_MAX_US = 3_600_000_000  # a candle that starts later than this from now is a broken frame
+NEVER_MS = 4_102_444_800_000  # an expiry from the year 2100 on is none
 REFRESH_SHARE = 0.8  # of a token's life, then it is refreshed
 _NOTHING = msgspec.Raw(b"")
 _TOO_MANY_REQUESTS, _RAW_UNAUTHORIZED = 10028, 13778
@@ -149,11 +151,19 @@ class _Token(msgspec.Struct):
 
 
 class _Instrument(msgspec.Struct):
+    """public/get_instruments, 2026-07; times in ms, an instrument without expiry has one in the year 3000."""
+
     instrument_name: str
     is_active: bool = True
     kind: str = ""
     base_currency: str = ""
     quote_currency: str = ""
+    settlement_period: str = ""
+    state: str = ""
+    tick_size: float = math.nan
+    min_trade_amount: float = math.nan
+    creation_timestamp: int = -1
+    expiration_timestamp: int = -1
 
 
 class _Instruments(msgspec.Struct):
@@ -166,6 +176,16 @@ class _TradesResult(msgspec.Struct):
 
 class _TradesReply(msgspec.Struct):
     result: _TradesResult
+
+
+class _BookResult(msgspec.Struct):
+    """public/get_order_book, what a probe needs of it."""
+
+    timestamp: TimeMs
+
+
+class _BookReply(msgspec.Struct):
+    result: _BookResult
 
 
 def _frames(kind: Any, name: str) -> Callable[[bytes], Any]:
@@ -184,6 +204,7 @@ _decode_quote, _decode_ticker, _decode_chart = (
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_instruments = msgspec.json.Decoder(_Instruments).decode
 _decode_trades_reply = msgspec.json.Decoder(_TradesReply).decode
+_decode_book_reply = msgspec.json.Decoder(_BookReply).decode
 _decode_token = msgspec.json.Decoder(_Token).decode
 _decode_names = msgspec.json.Decoder(list[str]).decode
 
@@ -218,13 +239,13 @@ class Deribit(Venue):
         messages_per_s=3,  # public/subscribe: about 3.3 a second sustained, 2026
         connects=(32, 60.0),  # 32 open at a time per IP, HTTP included; a connector opens one of each
         weight=(20, 1.0),  # non-matching requests: 20 a second sustained
+        instruments_weight=20,  # get_instruments costs 10,000 credits, of which 10,000 come back in a second
         lifetime_s=0,
     )
     CREDENTIALS = ("client_id", "client_secret")
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        self._tickers = {stream.name: stream.ticker for stream in streams}
         self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
         self._refresh_token = ""
@@ -261,10 +282,7 @@ class Deribit(Venue):
 
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
-        return [
-            InstrumentInfo(i.instrument_name, i.is_active, i.kind, i.base_currency, i.quote_currency)
-            for i in decode_body(_decode_instruments, body).result
-        ]
+        return [_info(i) for i in decode_body(_decode_instruments, body).result]
 
     # Connection
 
@@ -477,6 +495,20 @@ class Deribit(Venue):
         ohlc = (c.open, c.high, c.low, c.close)
         self.emit.candle(instrument, 0, interval.encode(), c.tick * 1000, ohlc, c.volume, -1, closed)
 
+    # Whether an acknowledged stream delivers
+
+    def probe(self, stream: Stream) -> Fetch:
+        """The newest trade for trades and candles; for the others the book, whose time is that of its last change."""
+        query = {"instrument_name": stream.ticker}
+        if stream.feed in ("trades", "candles"):
+            return Fetch(stream.name, f"/api/v2/public/get_last_trades_by_instrument?{urlencode(query)}&count=1", 1)
+        return Fetch(stream.name, f"/api/v2/public/get_order_book?{urlencode(query)}&depth=1", 1)
+
+    def newest_us(self, stream: Stream, body: bytes) -> int:
+        if stream.feed in ("trades", "candles"):
+            return max((t.timestamp * 1000 for t in decode_body(_decode_trades_reply, body).result.trades), default=0)
+        return decode_body(_decode_book_reply, body).result.timestamp * 1000
+
     # What is missing
 
     def want_snapshot(self, book: BookSync) -> None:
@@ -498,7 +530,9 @@ class Deribit(Venue):
             self.admit(ticker)
             rows = [_trade_row(t) for t in decode_body(_decode_trades_reply, body).result.trades]
             self.trade_sync(ticker).repaired(int(query.get("start_seq", ["-1"])[0]), rows)
-        elif method not in ("get_instruments", "get_time", "test"):
+        elif method == "get_instruments":
+            self.take_instruments(url, body)
+        elif method not in ("get_time", "test"):
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -511,6 +545,17 @@ def _trade_row(t: Trade) -> TradeRow:
     if side == SELL and t.direction != "sell":
         raise FrameError("unknown_direction", t.direction)
     return t.trade_seq, t.timestamp * 1000, side, t.price, t.amount, t.trade_id.encode()
+
+
+def _info(i: _Instrument) -> InstrumentInfo:
+    kind = "perpetual" if i.settlement_period == "perpetual" else i.kind
+    expiry = -1 if i.expiration_timestamp >= NEVER_MS else i.expiration_timestamp * 1000
+    return InstrumentInfo(
+        i.instrument_name, i.is_active, kind, i.base_currency, i.quote_currency, i.state, tick_size=i.tick_size,
+        qty_step=i.min_trade_amount,
+        contract_size=1.0,  # amounts are in USD (inverse futures) or base currency, not in contracts
+        listed_time=max(-1, i.creation_timestamp * 1000), expiry_time=max(-1, expiry),
+    )  # fmt: skip
 
 
 def _slower(channel: str) -> str:

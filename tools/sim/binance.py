@@ -166,6 +166,10 @@ class BinanceSpot(Venue):
     def listed(self, book: Book, t: int) -> None:
         self.symbols[book.instrument.ticker] = _Symbol(book)
 
+    def delisted(self, book: Book, t: int) -> None:
+        self.finish(t)
+        del self.symbols[book.instrument.ticker]
+
     # The market put into words.
 
     def _publish(self, stream: str, symbol: str, body: Callable[[bool], str], first: int = 0, last: int = 0) -> None:
@@ -496,7 +500,7 @@ class BinanceSpot(Venue):
     def _on_subscribe(self, session: Session, number: object, params: object) -> None:
         """A name that does not exist is acknowledged and stays silent, as on the venue itself."""
         names = self._streams(session, number, params)
-        if names is None:
+        if names is None or self.exchange.ignored(session, {name: name.split("@")[0].upper() for name in names}):
             return
         if len(set(session.subs) | set(names)) > self.limit["streams_max"]:
             self.exchange.violation("streams", session)
@@ -629,7 +633,7 @@ class BinanceSpot(Venue):
         return self.symbols[name]
 
     def _exchange_info(self, request: Request) -> object:
-        names = list(self.symbols)
+        names = [*self.symbols, *self.exchange.halted]
         if "symbol" in request.query:
             names = [self._symbol(request).name]
         elif "symbols" in request.query:
@@ -648,15 +652,16 @@ class BinanceSpot(Venue):
                 {"rateLimitType": "RAW_REQUESTS", "interval": "MINUTE", "intervalNum": 5, "limit": 300_000},
             ],
             "exchangeFilters": [],
-            "symbols": [self._symbol_info(self.symbols[name].book.instrument) for name in names],
+            "symbols": [self._symbol_info(name) for name in names],
         }
 
-    @staticmethod
-    def _symbol_info(instrument: Instrument) -> dict[str, object]:
-        tick, lot = plain(instrument.tick, 8), plain(instrument.lot, 8)
+    def _symbol_info(self, name: str) -> dict[str, object]:
+        halted = self.exchange.halted.get(name)
+        instrument = halted or self.symbols[name].book.instrument
+        tick, lot = plain(instrument.tick // 10 ** self.exchange.finer[name], 8), plain(instrument.lot, 8)
         return {
             "symbol": instrument.ticker,
-            "status": "TRADING",
+            "status": "BREAK" if halted else "TRADING",
             "baseAsset": instrument.base,
             "baseAssetPrecision": 8,
             "quoteAsset": instrument.quote,

@@ -245,11 +245,20 @@ class Deribit(Venue):
         return {"last": book.engine_id, "bids": bids, "asks": asks}
 
     def listed(self, book: Book, t: int) -> None:
-        name = self.names[book.instrument.ticker] = _Name(book)
-        data = {"timestamp": t // 1000, "state": "created", "instrument_name": name.name}
-        kind = name.instrument.kind
-        for channel in {f"instrument.state.{k}.{c}" for k in (kind, "any") for c in (name.instrument.base, "any")}:
-            self._notify(channel, name.name, _json(data))
+        self.names[book.instrument.ticker] = _Name(book)
+        self._tell_state(book.instrument, "created", t)
+
+    def delisted(self, book: Book, t: int) -> None:
+        self.finish(t)
+        del self.names[book.instrument.ticker]
+        self._tell_state(book.instrument, "terminated", t)
+
+    def _tell_state(self, instrument: Instrument, state: str, t: int) -> None:
+        data = {"timestamp": t // 1000, "state": state, "instrument_name": instrument.ticker}
+        for channel in {
+            f"instrument.state.{k}.{c}" for k in (instrument.kind, "any") for c in (instrument.base, "any")
+        }:
+            self._notify(channel, instrument.ticker, _json(data))
 
     # The market put into words.
 
@@ -598,6 +607,13 @@ class Deribit(Venue):
         if method == "public/test" and self.exchange.heartbeats_off(session):
             own.test_sent_s = None
             return
+        channels = params.get("channels")
+        if (
+            method.endswith("/subscribe")
+            and isinstance(channels, list)
+            and self.exchange.ignored(session, {str(channel): _ticker_of(str(channel)) for channel in channels})
+        ):
+            return
         try:
             self._answer(session, message, started, self._call(session, method, params))
         except _Rpc as error:
@@ -812,11 +828,14 @@ class Deribit(Venue):
     def _instruments(self, params: dict[str, Any]) -> object:
         currency, kind = str(params.get("currency", "any")), str(params.get("kind", "any"))
         rows = []
-        for name in self.names.values():
-            instrument = name.instrument
+        halted = self.exchange.halted
+        for instrument in (*(name.instrument for name in self.names.values()), *halted.values()):
             settled_in = instrument.quote if instrument.facts["linear"] else instrument.base
             if currency in ("any", settled_in) and kind in ("any", instrument.kind):
-                rows.append(_Text(_numbers(_instrument_words(name))))
+                words = _instrument_words(instrument, self.exchange.finer[instrument.ticker])
+                if instrument.ticker in halted:
+                    words |= {"is_active": "false", "state": '"halted"'}
+                rows.append(_Text(_numbers(words)))
         return rows
 
     def _name(self, params: dict[str, Any]) -> _Name:
@@ -964,8 +983,7 @@ def _candle_words(name: _Name, candle: Candle) -> dict[str, Any]:
     return {"tick": candle.start // 1000, **prices, "volume": volume, "cost": cost}
 
 
-def _instrument_words(name: _Name) -> dict[str, Any]:
-    instrument = name.instrument
+def _instrument_words(instrument: Instrument, finer: int) -> dict[str, Any]:
     facts, linear = instrument.facts, bool(instrument.facts["linear"])
     option = instrument.kind == "option"
     lot = number(instrument.lot, instrument.qty_scale)
@@ -981,7 +999,7 @@ def _instrument_words(name: _Name) -> dict[str, Any]:
         "creation_timestamp": 1_534_167_754_000,
         "is_active": "true",
         "state": '"open"',
-        "tick_size": number(instrument.tick, instrument.price_scale),
+        "tick_size": number(instrument.tick, instrument.price_scale + finer),
         "tick_size_steps": "[]",
         "contract_size": "1.0" if option else lot,
         "instrument_id": 100_000 + sum(instrument.ticker.encode()),

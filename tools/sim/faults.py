@@ -45,7 +45,12 @@ KINDS: dict[str, Kind] = {
     "lifetime": Kind(SESSION, "the end of the connection's allowed lifetime"),
     "freeze": Kind(SESSION, "the connection stays open but nothing at all is sent for `seconds`; what was due is lost"),
     "auth_expire": Kind(SESSION, "the session's access token expires"),
-    "silence": Kind(WINDOW, "streams are acknowledged but carry nothing"),
+    "silence": Kind(
+        WINDOW,
+        "streams are acknowledged but carry nothing; until=end (of the window) or left: one that is left and taken anew"
+        " carries again",
+        {"until": "end"},
+    ),
     "no_heartbeat_answer": Kind(WINDOW, "the client's pings and tests stay unanswered, and the server sends none"),
     "clock_skew": Kind(WINDOW, "the exchange's clock is ms milliseconds off", {"ms": 2000}),
     "ban": Kind(WINDOW, "REST answers `status` with Retry-After until the window ends", {"status": 418}),
@@ -58,6 +63,7 @@ KINDS: dict[str, Kind] = {
         {"kind": "any"},
     ),
     "refuse": Kind(REQUEST, "a subscription is refused with the venue's error"),
+    "ignore": Kind(REQUEST, "a subscription gets no answer and brings nothing"),
     "stale_snapshot": Kind(REQUEST, "a book snapshot that is some seconds old"),
     "future_snapshot": Kind(REQUEST, "a book snapshot newer than everything sent: the streams lag by ms", {"ms": 1000}),
     "cross": Kind(MARKET, "a book event with a bid above the best ask, taken back after ms", {"ms": 300}),
@@ -66,7 +72,13 @@ KINDS: dict[str, Kind] = {
         MARKET, "a book snapshot that nobody asked for; anew=1: its numbers begin again as the venue's do", {"anew": 0}
     ),
     "revise": Kind(MARKET, "the newest closed candles of a ticker are changed, where a venue does that"),
-    "listing": Kind(MARKET, "the instrument named by ticker= is listed while running"),
+    "listing": Kind(MARKET, "the instrument named by ticker= is listed while running, or trades again after a delist"),
+    "delist": Kind(
+        MARKET,
+        "the instrument named by ticker= trades no more; mode=absent (from the list) or halted (listed as not trading)",
+        {"mode": "absent"},
+    ),
+    "tick_size": Kind(MARKET, "the list says a tick size ten times finer for the instrument named by ticker="),
 }
 COMMON = {
     "at": "seconds after the start; then once, unless every= is given",
@@ -81,10 +93,12 @@ COMMON = {
 }
 BAD_BODIES = ("half", "empty", "types", "nan", "absurd", "text")
 GARBAGE = ("bytes", "utf8", "types", "nan", "absurd", "unknown_symbol", "unknown_event")
-_TEXT_KEYS = {"stream", "ticker", "agent", "mode", "kind"}
+_TEXT_KEYS = {"stream", "ticker", "agent", "mode", "kind", "until"}
 _CHOICES = {
     ("truncate", "mode"): ("text", "wire"),
     ("split", "mode"): ("fragments", "tcp"),
+    ("delist", "mode"): ("absent", "halted"),
+    ("silence", "until"): ("end", "left"),
     ("garbage", "kind"): ("any", *GARBAGE),
     ("bad_body", "kind"): ("any", *BAD_BODIES),
 }
@@ -105,6 +119,7 @@ class Fault:
     next_s: float = math.inf  # when the next hit becomes possible
     until_s: float = -math.inf  # end of the window
     gaps: dict[str, int] = field(default_factory=dict)  # stream -> messages of a running gap still to lose
+    left: set[str] = field(default_factory=set)  # streams that a client has left since
 
     @property
     def group(self) -> str:
@@ -166,8 +181,8 @@ def parse(spec: str | Mapping[str, Any]) -> Fault:
         raise FaultError(f"fault {name}: rate= is for messages and requests only; use at= or every=")
     if keys.get("every") == 0:
         raise FaultError(f"fault {name}: every must be greater than 0")
-    if name == "listing" and "ticker" not in keys:
-        raise FaultError("fault listing: ticker= is needed")
+    if name in ("listing", "delist", "tick_size") and "ticker" not in keys:
+        raise FaultError(f"fault {name}: ticker= is needed")
     return Fault(name, keys)
 
 
@@ -270,7 +285,13 @@ class Faults:
         return None
 
     def silenced(self, stream: str, ticker: str) -> list[Fault]:
-        return [f for f in self.silent if f.wants(stream, ticker)]
+        return [f for f in self.silent if f.wants(stream, ticker) and stream not in f.left]
+
+    def left(self, stream: str) -> None:
+        """A client has left a stream."""
+        for fault in self.silent:
+            if fault.text("until") == "left":
+                fault.left.add(stream)
 
 
 def help_text() -> str:

@@ -18,6 +18,7 @@ HISTORY_S = 20  # full books are kept once a second for this long, for snapshots
 BASE_RATE = 1000.0  # actions a second of market time when the market runs as fast as the machine goes
 TRADES_KEPT = 50_000  # trades per ticker that a venue can still be asked for
 Change = tuple[int, int, int, int]  # side, price, quantity before, quantity after
+NEVER_US = 1 << 62
 CANDLES_KEPT = 1500  # closed candles per ticker and interval that a venue can still be asked for
 
 
@@ -279,6 +280,7 @@ class Market:
         self.day: dict[
             str, Candle
         ] = {}  # statistics since the start; a run is shorter than the 24 hours they stand for
+        self._closed: dict[str, tuple[Book, Candles, Candle]] = {}
         self.actions = 0
         self._heap: list[tuple[int, int, str]] = []
         self._order = count()
@@ -302,6 +304,20 @@ class Market:
         )
         heappush(self._heap, (due + self._wait(book), next(self._order), instrument.ticker))
 
+    def close(self, ticker: str) -> None:
+        """End the trading of an instrument; `reopen` takes it up where it ended."""
+        self._closed[ticker] = self.books.pop(ticker), self.candles.pop(ticker), self.day.pop(ticker)
+        self._heap = [entry for entry in self._heap if entry[2] != ticker]
+        heapify(self._heap)
+
+    def reopen(self, ticker: str, due: int) -> bool:
+        """Trade an instrument again; False when it was never closed."""
+        if ticker not in self._closed:
+            return False
+        self.books[ticker], self.candles[ticker], self.day[ticker] = self._closed.pop(ticker)
+        heappush(self._heap, (due + self._wait(self.books[ticker]), next(self._order), ticker))
+        return True
+
     def _wait(self, book: Book) -> int:
         """Time to the next action: bursts and pauses with the mean that the rate asks for."""
         mean = 1e6 / (self.rate * book.instrument.busy)
@@ -309,7 +325,7 @@ class Market:
 
     @property
     def next_due(self) -> int:
-        return self._heap[0][0]
+        return self._heap[0][0] if self._heap else NEVER_US
 
     def delay(self, us: int) -> None:
         """Shift everything that has not happened yet."""

@@ -242,7 +242,11 @@ class Venue(ABC):
 
     @abstractmethod
     def listed(self, book: Book, t: int) -> None:
-        """A ticker was listed while running."""
+        """A ticker was listed while running, or trades again."""
+
+    def delisted(self, book: Book, t: int) -> None:
+        """A ticker trades no more: publish what waits, forget it. The list shows it while it is in `exchange.halted`."""
+        raise FaultError("this venue delists nothing")
 
     def revise(self, book: Book, t: int) -> None:
         """Change the newest closed candles of a ticker; at a venue whose candles are final nothing happens."""
@@ -307,6 +311,8 @@ class Exchange:
         self.violations: Counter[str] = Counter()
         self.retry_until_s: dict[str, float] = {}  # ip -> end of the longest Retry-After that it was given
         self.skew_us = 0
+        self.halted: dict[str, Instrument] = {}  # listed, but not trading
+        self.finer: Counter[str] = Counter()  # ticker -> how many times its tick size became ten times finer
         self.virtual = self.fast and options.epoch_us is not None
         # Market time begins on a whole second of the exchange's clock, so that batches fall alike in every run.
         self.t = options.epoch_us or (time.time_ns() // 1_000_000_000 + 1) * SECOND_US
@@ -375,6 +381,7 @@ class Exchange:
         if stream not in session.subs:
             return
         form = session.subs.pop(stream)
+        self.faults.left(stream)
         forms = self.streams[stream]
         del forms[form][session]
         if not forms[form]:
@@ -423,6 +430,14 @@ class Exchange:
         if fault:
             self._fault_line(fault, stream=stream, ticker=ticker, conns=[session.id])
         return fault is not None
+
+    def ignored(self, session: Session, streams: Mapping[str, str]) -> bool:
+        """Whether a fault leaves a request for any of these streams (with their tickers) without an answer."""
+        for stream, ticker in streams.items():
+            if fault := self.faults.for_request("ignore", stream, ticker, session.id, session.agent):
+                self._fault_line(fault, stream=stream, ticker=ticker, conns=[session.id])
+                return True
+        return False
 
     def heartbeats_off(self, session: Session) -> bool:
         """Whether a fault keeps the server from sending and answering heartbeats."""
@@ -646,7 +661,10 @@ class Exchange:
         ticker = fault.text("ticker") or next(iter(self.market.books))
         t = self._stamp(self._due_us())
         if fault.name == "listing":
-            if ticker not in self.market.books:
+            self.halted.pop(ticker, None)
+            if self.market.reopen(ticker, self._due_us()):
+                self.venue.listed(self.market.books[ticker], t)
+            elif ticker not in self.market.books:
                 self.market.open(self._instrument(type(self.venue), ticker, 0), self._due_us(), t)
                 book = self.market.books[ticker]
                 self.venue.listed(book, t)
@@ -657,6 +675,14 @@ class Exchange:
             self.venue.resnapshot(self.market.books[ticker], bool(fault.number("anew")))
         elif ticker in self.market.books and fault.name == "revise":
             self.venue.revise(self.market.books[ticker], t)
+        elif fault.name == "tick_size":
+            self.finer[ticker] += 1
+        elif fault.name == "delist" and ticker in self.market.books:
+            book = self.market.books[ticker]
+            self.venue.delisted(book, t)
+            self.market.close(ticker)
+            if fault.text("mode") == "halted":
+                self.halted[ticker] = book.instrument
         elif ticker in self.market.books:
             book = self.market.books[ticker]
             self.venue.on_action(book, self.market.cross(ticker, t))
@@ -665,6 +691,8 @@ class Exchange:
         self._fault_line(fault, ticker=ticker)
 
     def _uncross(self, book: Book, t: int) -> None:
+        if book.instrument.ticker not in self.market.books:
+            return  # it was delisted meanwhile
         action = self.market.uncross(book.instrument.ticker, t)
         if action.changes:
             self.venue.on_action(book, action)
@@ -907,9 +935,9 @@ class Exchange:
             try:
                 body = await http.json()
                 self.faults.add(parse(body))
+                self._tick_faults()
             except (ValueError, AttributeError) as error:
                 return web.json_response({"error": str(error)}, status=400)
-            self._tick_faults()
             self.flush()
         elif path == "pause":
             self.pause()

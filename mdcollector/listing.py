@@ -1,0 +1,145 @@
+"""The list of instruments while a connector runs: read now and then, page by page, and followed.
+
+Used by `connector.py`. What is newly listed and meant by the configuration is subscribed by the last connection of its
+path, if there is room; what trades no more is left. A list is used only when all of its pages are there: half a list
+would close what stands in the other half.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+
+from mdcollector.emit import Emit
+from mdcollector.exchanges import (
+    PAGES_MAX,
+    REASON_CHARS_MAX,
+    Fetch,
+    InstrumentInfo,
+    Options,
+    Selection,
+    Stream,
+    Venue,
+)
+
+ROUND_MOST_S = 600.0  # a list that is not complete by then is begun anew
+NOTE = "list of instruments"
+
+
+class Followed:
+    """What the list is followed for: `selection` says what is meant, `planned` what is anybody's already.
+
+    `takes_new`: this is the last connection of its path, so new instruments are its own.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        feeds: Collection[str],
+        options: Options,
+        planned: Collection[str],
+        *,
+        takes_new: bool,
+    ) -> None:
+        self.selection, self.feeds, self.options = selection, list(feeds), options
+        self.planned, self.takes_new = frozenset(planned), takes_new
+
+
+class Listing:
+    """Wants the list of instruments every `every_s` seconds (0 = never), and follows it with the venue's streams."""
+
+    def __init__(self, venue: Venue, every_s: float, followed: Followed, connected: Callable[[], bool]) -> None:
+        self._venue, self._every_s, self._followed, self._connected = venue, every_s, followed, connected
+        self._emit: Emit = venue.emit
+        self._due = self._begun = time.monotonic() if every_s else float("inf")
+        self._round = 0
+        self._listed: dict[str, InstrumentInfo] = {}
+        self._open: set[str] = set()  # first pages whose last page did not come yet
+        self._mine = {stream.ticker for stream in venue.streams}  # also what trades no more: it may come back
+        self._no_room: set[str] = set()
+
+    def tick(self) -> None:
+        """Begin a list when one is due and none is under way."""
+        now = time.monotonic()
+        if now < self._due or (self._open and now - self._begun < ROUND_MOST_S):
+            return
+        self._due, self._begun = now + self._every_s, now
+        self._round += 1
+        paths = self._venue.instruments_paths()
+        self._listed, self._open = {}, set(paths)
+        for path in paths:
+            self._want(self._round, path, path, 1)
+
+    def _want(self, number: int, first: str, path: str, page: int) -> None:
+        self._venue.wants.append(
+            Fetch(
+                f"instruments {number} {path}",
+                path,
+                self._venue.LIMITS.instruments_weight,
+                answer=partial(self._take, number, first, path, page),
+                failed=partial(self._failed, number, path),
+            )
+        )
+
+    def _take(self, number: int, first: str, path: str, page: int, body: bytes) -> None:
+        listed, behind = self._venue.take_instruments(path, body), self._venue.next_page(path, body)
+        if number != self._round:
+            return
+        self._listed |= {info.ticker: info for info in listed}
+        if behind is None:
+            self._open.discard(first)
+            if not self._open:
+                self._follow(self._listed)
+        elif page >= PAGES_MAX:
+            self._give_up(f"{first}: more than {PAGES_MAX} pages")
+        else:
+            self._want(number, first, behind, page + 1)
+
+    def _failed(self, number: int, path: str, status: int, body: bytes) -> None:
+        if number == self._round:
+            self._give_up(f"{path}: HTTP {status} {body[:REASON_CHARS_MAX].decode(errors='replace')}")
+
+    def _give_up(self, why: str) -> None:
+        self._round += 1  # answers that are still on their way belong to no list
+        self._open.clear()
+        self._emit.counters["instruments_refused"] += 1
+        self._venue.notes[NOTE] = why
+
+    def _follow(self, listed: dict[str, InstrumentInfo]) -> None:
+        """All pages are there: leave what trades no more, take what is new."""
+        if not listed:  # a venue under maintenance; all that is subscribed would be closed
+            self._give_up("empty")
+            return
+        venue, followed = self._venue, self._followed
+        venue.notes.pop(NOTE, None)
+        subscribed = {stream.ticker for stream in venue.streams}
+        gone = {t for t in subscribed if t not in listed or not listed[t].active}
+        if gone:
+            self._emit.counters["instruments_left"] += len(gone)
+            venue.remove(gone, connected=self._connected())
+        for ticker in self._mine - listed.keys():
+            self._emit.instrument_gone(ticker)
+        new = [t for t in self._mine - subscribed if t in listed and listed[t].active]
+        if followed.takes_new:
+            new += [t for t in followed.selection.chosen(listed.values()) if t not in followed.planned | self._mine]
+        for ticker in sorted(new):
+            self._take_up(listed[ticker])
+
+    def _take_up(self, info: InstrumentInfo) -> None:
+        venue, followed, ticker = self._venue, self._followed, info.ticker
+        streams: list[Stream] = [
+            s for s in venue.streams_of(ticker, followed.feeds, followed.options) if s.path == venue.path
+        ]
+        if not streams:
+            return
+        if not venue.fits(venue.streams, streams):
+            if ticker not in self._no_room:
+                self._no_room.add(ticker)
+                self._emit.counters["listing_no_room"] += 1
+                venue.notes[f"{ticker} is new"] = "no room on this connection; start the connector anew to plan for it"
+            return
+        self._no_room.discard(ticker)
+        venue.notes.pop(f"{ticker} is new", None)
+        self._mine.add(ticker)
+        self._emit.counters["instruments_taken"] += 1
+        venue.add(streams, connected=self._connected())
+        venue.tell(info)
