@@ -143,6 +143,7 @@ class Venue(ABC):
     KNOWN_FIELDS: ClassVar[frozenset[str]] = (
         frozenset()
     )  # names in data frames, at any depth; a new one is told; none = all
+    OVERLAPS: ClassVar[bool] = True  # two connections can deliver at once; else one ends before the next begins
     CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
@@ -429,7 +430,9 @@ def resolve_tickers(patterns: Sequence[str], listed: Sequence[InstrumentInfo]) -
     for pattern in (p for p in patterns if not p.startswith("!")):
         hits = {ticker for ticker in active if fnmatchcase(ticker.upper(), pattern.upper())}
         if not hits:
-            raise ConfigError(f"tickers: {pattern!r} names no active instrument of the venue ({len(active)} listed)")
+            others = [f"; {i.ticker} is {i.status}" for i in listed if i.ticker.upper() == pattern.upper() and i.status]
+            text = f"tickers: {pattern!r} names no active instrument of the venue ({len(active)} listed)"
+            raise ConfigError(text + "".join(others))
         wanted |= hits
     for pattern in (p[1:] for p in patterns if p.startswith("!")):
         wanted -= {ticker for ticker in wanted if fnmatchcase(ticker.upper(), pattern.upper())}
