@@ -200,7 +200,7 @@ class _Pagination(msgspec.Struct):
 
 class _Products(msgspec.Struct):
     products: list[_Product]
-    pagination: _Pagination = msgspec.field(default_factory=_Pagination)
+    pagination: _Pagination | None = None
 
 
 class _RestTrades(msgspec.Struct):
@@ -351,7 +351,7 @@ class Coinbase(Venue):
     @classmethod
     def next_page(cls, path: str, body: bytes) -> str | None:
         page = decode_body(_decode_products, body).pagination
-        return f"{_REST}?cursor={quote(page.next_cursor)}" if page.has_next and page.next_cursor else None
+        return f"{_REST}?cursor={quote(page.next_cursor)}" if page and page.has_next and page.next_cursor else None
 
     # Connection
 
