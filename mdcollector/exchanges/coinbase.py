@@ -558,23 +558,23 @@ class Coinbase(Venue):
         self.admit(ticker)
         book, emit = self.book(ticker, follows), self.emit
         instrument, emit_bbo, wants_bbo = book.instrument, emit.bbo, "bbo" in emit.rings
-        name, told, told_us = f"level2:{ticker}", (), -1  # type: tuple[str, tuple[float, ...], int]
+        name, told, told_id, told_us = f"level2:{ticker}", (), -1, -1  # type: tuple[str, tuple[float, ...], int, int]
 
         def take(update: _Update) -> None:
-            nonlocal told, told_us
+            nonlocal told, told_id, told_us
             _, is_snapshot, update_id, timestamp, bids, asks = update
             if is_snapshot:
                 if book.state is BROKEN and told and wants_bbo:
                     emit.gap("bbo", ticker, from_time=told_us, cause="resync")
                 book.snapshot(update_id, timestamp, bids, asks, in_band=True)
                 self._again.pop(name, None)
-                told = ()
+                told = told if told_id == update_id else ()
             else:
                 book.delta(update_id, update_id, book.last_id, timestamp, bids, asks)
             if wants_bbo and book.state is LIVE:
                 told_us, best = emit.rcv_us, book.best()
                 if best != told:
-                    told = best
+                    told, told_id = best, update_id
                     emit_bbo(instrument, timestamp, *best, update_id, _LAST | _INVALID if best[0] >= best[2] else _LAST)
 
         self._book_takers[ticker] = take
@@ -658,7 +658,8 @@ class Coinbase(Venue):
             if old is not None and candle.start > old.candle.start and old.proven:
                 self._emit_candle(ticker, old.candle, timestamp, closed=True)
             self._candles[ticker] = _OpenCandle(candle, proven=True)
-            if not is_snapshot or candle is candles[-1]:
+            is_news = old is None or candle != old.candle
+            if is_news and (candle is candles[-1] or not is_snapshot):
                 self._emit_candle(ticker, candle, timestamp, closed=False)
 
     def _emit_candle(self, ticker: str, c: Candle, timestamp: int, *, closed: bool) -> None:
