@@ -325,6 +325,7 @@ class Coinbase(Venue):
         self._heard_us = -1  # receive time of the last message in sequence
         self._book_takers: dict[str, Callable[[_Update], None]] = {}
         self._candles: dict[str, _OpenCandle] = {}
+        self._candles_from_us: dict[str, int] = {}  # product whose candles wait for a snapshot -> since when
         self._again: dict[str, int] = {}  # stream that is to be subscribed anew -> when that was done (0 = not yet)
         self._again_ns = 0
 
@@ -392,6 +393,7 @@ class Coinbase(Venue):
         self._next = self._refused = self._heartbeat = -1
         self._requests.clear()
         self._again.clear()  # the new connection begins every channel with a snapshot
+        self._candles_from_us.clear()
         self._doubt_candles()
 
     def tick(self, now_ns: int) -> None:
@@ -464,6 +466,7 @@ class Coinbase(Venue):
             if feed in emit.rings:
                 emit.gap(feed, "*", from_time=self._heard_us, cause=cause)
         self._doubt_candles()
+        self._candles_from_us = dict.fromkeys(self._candles, self._heard_us) | self._candles_from_us
         self._again.update({stream.name: 0 for stream in self.streams if stream.feed != "tickers"})
 
     def _lose_book_of(self, frame: bytes) -> None:
@@ -645,6 +648,8 @@ class Coinbase(Venue):
             by_event.append((event.type == "snapshot", by_product))
         for is_snapshot, by_product in by_event:
             for ticker, candles in by_product.items():
+                if is_snapshot and (from_us := self._candles_from_us.pop(ticker, None)) is not None:
+                    self.emit.gap("candles", ticker, from_time=from_us, cause="resync")
                 candles.sort(key=lambda candle: candle.start)
                 self._take_candles(ticker, candles, is_snapshot, timestamp)
 
@@ -658,8 +663,8 @@ class Coinbase(Venue):
             if old is not None and candle.start > old.candle.start and old.proven:
                 self._emit_candle(ticker, old.candle, timestamp, closed=True)
             self._candles[ticker] = _OpenCandle(candle, proven=True)
-            is_news = old is None or candle != old.candle
-            if is_news and (candle is candles[-1] or not is_snapshot):
+            is_news = candle is candles[-1] and (old is None or candle != old.candle)
+            if is_news or not is_snapshot:
                 self._emit_candle(ticker, candle, timestamp, closed=False)
 
     def _emit_candle(self, ticker: str, c: Candle, timestamp: int, *, closed: bool) -> None:
