@@ -2,6 +2,9 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +15,8 @@ from typing import Any
 
 import msgspec
 import pytest
+import tomli_w
+from fleet import until
 from recorded import (
     ASK,
     BID,
@@ -31,11 +36,12 @@ from recorded import (
 
 from mdcollector import OrderBook
 from mdcollector.emit import Emit
-from mdcollector.errors import FrameError
+from mdcollector.errors import FrameError, RingError
 from mdcollector.exchanges import Options
 from mdcollector.exchanges.coinbase import Coinbase, time_us
 from mdcollector.normalize import Report, normalize
 from mdcollector.recording import Entry, RecordingWriter
+from mdcollector.ring import RingReader
 
 pytestmark = needs_data
 
@@ -581,3 +587,54 @@ def test_times_of_the_recording_are_read_to_the_microsecond() -> None:
     assert {len(text) for text in texts} >= {27, 30}
     for text in texts:
         assert time_us(text) == us(text)
+
+
+# A replay, live
+
+
+def test_a_replay_gives_the_connector_what_normalize_gives(tmp_path: Path) -> None:
+    """`mdreplay serve` speaks to a real connector, under numbers of its own; every row is the recording's."""
+    command = [sys.executable, "-m", "tools.replay", "serve", str(RECORDING), "--speed", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        connector = None
+        try:
+            assert server.stdout is not None
+            ready = json.loads(server.stdout.readline())
+            settings = {
+                "exchange": "coinbase", "tickers": ["BTC-USD", "ETH-USD"], "feeds": list(Coinbase.FEEDS),
+                "intervals": ["5m"], "ws_url": ready["ws_url"], "rest_url": ready["rest_url"],
+            }  # fmt: skip
+            fleet = {"rings": str(tmp_path / "rings"), "connectors": {"c": settings},
+                     "writers": {"parquet": {"out": str(tmp_path / "out"), "roll_s": 0.5}}}  # fmt: skip
+            (tmp_path / "fleet.toml").write_text(tomli_w.dumps(fleet))
+            command = [sys.executable, "-m", "mdcollector", "connect", "c", "-c", str(tmp_path / "fleet.toml")]
+            connector = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            model = Model().run(lines())
+            for feed, rows in model.expected.rows.items():
+                if rows:
+                    until(lambda f=feed, r=rows: published(tmp_path / "rings" / "c", f) >= len(r), f"all {feed}")
+            connector.send_signal(signal.SIGTERM)
+            assert connector.wait(30) == 0
+            for feed, rows in model.expected.rows.items():
+                with RingReader(tmp_path / "rings" / "c", feed) as ring:
+                    ring.seek("oldest")
+                    stored = ring.read(len(rows) + 1)
+                    names = ring.names(stored)
+                assert len(stored) == len(rows), feed
+                columns = ("timestamp", *(c for c in ("side", "price", "qty", "trade_seq", "update_id", "bid_price",
+                           "bid_qty", "ask_price", "ask_qty", "last", "open", "close", "volume") if rows and c in rows[0]))  # fmt: skip
+                for column in columns if rows else ():
+                    assert stored[column].tolist() == [row[column] for row in rows], (feed, column)
+                assert list(names) == [row["ticker"] for row in rows]
+        finally:
+            for process in (connector, server):
+                if process is not None and process.poll() is None:
+                    process.kill()
+
+
+def published(directory: Path, feed: str) -> int:
+    try:
+        with RingReader(directory, feed) as ring:
+            return ring.published
+    except RingError:
+        return 0
