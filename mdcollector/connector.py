@@ -300,7 +300,7 @@ class Connector:
             if due is None or time.monotonic() < again_at:
                 continue
             self._reconnect = due
-            if not due.overlap:
+            if not (due.overlap and self.venue.OVERLAPS):
                 raise Disconnected(due.cause)
             try:
                 leg = self._leg = await self._replace(leg, due.cause)
@@ -532,6 +532,8 @@ class Connector:
         Other streams may rightly be silent for long, so only this one is held against a sibling.
         """
         now, emit = time.time_ns(), self.emit
+        if "orderbook_l2" not in emit.rings:  # then a book is only kept for its best prices
+            return
         patience_ns = int((self.settings.stale_s or self._limits.stale_s) * 1e9)
         for ticker, book in list(self.venue.books.items()):
             if book.state != LIVE or emit.last_row_ns("bbo", ticker) <= emit.last_row_ns("orderbook_l2", ticker):

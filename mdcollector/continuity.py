@@ -40,6 +40,7 @@ TOP_LEVELS = 128  # best levels of a side that are put in order
 TOP_MAX, FRESH_MAX = 1024, 512  # entries, dead and double ones among them; then they are sorted out
 REMOVED_MAX = 2000  # removed levels that a side keeps beside twice the live ones
 INFINITY = float("inf")
+NOTHING = float("nan")  # the price of an empty side; one object, so that equal tuples of best prices compare equal
 
 _INVALID, _SNAPSHOT, _RESYNCED = int(Flag.BOOK_INVALID), int(Flag.SNAPSHOT), int(Flag.RESYNCED)
 _REPAIRED, _LAST = int(Flag.REPAIRED), int(Flag.LAST)
@@ -267,6 +268,13 @@ class BookSync:
             self._break(self.last_id, self.last_id, self._emit.rcv_us, cause, fillable=False)
         self._want_snapshot(self)
 
+    def lost(self, upto_id: int, cause: str) -> None:
+        """Messages behind the last applied one, up to `upto_id`, may be missing: give the book up for a new snapshot."""
+        if self.state is LIVE:
+            first = self.last_id + 1
+            self._break(first, max(first, upto_id), self._emit.rcv_us, cause, fillable=False)
+        self._want_snapshot(self)
+
     def flush(self) -> Iterator[None]:
         """The end: publish what could never be joined to a snapshot, flagged as not proven; a step a message."""
         self._held = deque(sorted(self._held, key=lambda d: d.last_id))  # what came late is no hole
@@ -278,6 +286,12 @@ class BookSync:
         """Bids and asks, price -> quantity."""
         bids, asks = self._bids.levels, self._asks.levels
         return {p: q for p, q in bids.items() if q}, {p: q for p, q in asks.items() if q}
+
+    def best(self) -> tuple[float, float, float, float]:
+        """Best bid, its quantity, best ask, its quantity; `NOTHING` and 0 where a side is empty."""
+        bid, ask = self._bids.best(), self._asks.best()
+        bid_qty, ask_qty = self._bids.levels.get(bid, 0.0), self._asks.levels.get(ask, 0.0)
+        return bid if bid_qty else NOTHING, bid_qty, ask if ask_qty else NOTHING, ask_qty
 
     # How it is done
 
@@ -568,7 +582,8 @@ class TradeSync:
             self._cause_seq = -1  # nothing was missed
             return
         newest, timestamp = missed[-1]
-        self._open_hole(self.last + 1, newest, missed[0][1], self.cause, repair=False)
+        cause = self.cause if self.unproven else "sequence"
+        self._open_hole(self.last + 1, newest, missed[0][1], cause, repair=False)
         self.last, self.last_time = newest, timestamp
         if len(missed) >= TAIL_IDS:
             self._cause_seq = newest
@@ -588,6 +603,23 @@ class TradeSync:
         else:
             self._emit.counters["trade_repair_incomplete"] += 1  # the hole stays in the ledger as not repaired
 
+    def greeted(self, trades: Sequence[TradeRow]) -> None:
+        """The newest trades, with which some venues begin a subscription: what of them is not published was missed.
+
+        Before the first trade of all they only say where the counter stands. What they do not reach back to is wanted.
+        """
+        if not trades:
+            return
+        newest, timestamp = max((trade[0], trade[1]) for trade in trades)
+        if self.last < 0:
+            self.last, self.last_time = newest, timestamp
+            return
+        self._take_tail(trades)
+        self.publish([trade for trade in trades if self._hole_with(trade[0]) is not None], _REPAIRED)
+        oldest = min(trade[0] for trade in trades)
+        for hole in [hole for hole in self._holes if hole.last == oldest - 1]:
+            self._want_hole(hole.first, hole.last)
+
     def disconnected(self, cause: str = "reconnect") -> None:
         """The connection ended: a hole that shows next is its doing."""
         self.cause, self._cause_seq = cause, self.last
@@ -602,8 +634,10 @@ class TradeSync:
         )  # fmt: skip
         self._holes.append(_Hole(first, last, (first, last)))
         self._forget()
-        if not repair:
-            return
+        if repair:
+            self._want_hole(first, last)
+
+    def _want_hole(self, first: int, last: int) -> None:
         if last - first >= REPAIR_IDS_MAX:
             self._emit.counters["trade_hole_not_repaired"] += 1
         else:

@@ -26,9 +26,13 @@ TICKERS = {
     "binance_spot": ("BTCUSDT", "ETHUSDT", "SOLUSDT"),
     "deribit": ("BTC-PERPETUAL", "ETH-PERPETUAL", "BTC_USDC-PERPETUAL"),
     "okx": ("BTC-USDT", "BTC-USDT-SWAP", "ETH-USD-SWAP"),
+    "coinbase": ("BTC-USD", "ETH-USD", "SOL-USD"),
 }
-BOOK_STREAMS = {"binance_spot": "depth@100ms", "deribit": "book.", "okx": "books:"}  # for a fault's stream=
-TRADE_STREAMS = {"binance_spot": "@trade", "deribit": "trades.*", "okx": "trades:"}  # not chart.trades
+# What a fault's stream= must contain; trades.* is not chart.trades.
+BOOK_STREAMS = {"binance_spot": "depth@100ms", "deribit": "book.", "okx": "books:", "coinbase": "level2:"}
+TRADE_STREAMS = {"binance_spot": "@trade", "deribit": "trades.*", "okx": "trades:", "coinbase": "market_trades:"}
+INTERVALS = {"coinbase": ["5m"]}  # of candles, where the venue has no 1m
+NUMBERED_CONNECTIONS = ("coinbase",)  # one counter for all messages: a hole is everybody's, connections cannot overlap
 ALL_FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
 FEEDS_OF = {"okx": ALL_FEEDS[:4]}  # where one connection does not bring all of them
 WITHIN_S = 30.0  # the machine that runs the tests may be slow; no test depends on how fast something is
@@ -87,7 +91,8 @@ class Fleet:
         self.sim = SimProcess(exchange, *arguments, ledger=directory / "ledger")
         connector = {
             "exchange": exchange, "tickers": self.tickers, "feeds": list(feeds), "ws_url": self.sim.ws_url,
-            "rest_url": self.sim.rest_url, "reconnect_most_s": 0.3, **options,
+            "rest_url": self.sim.rest_url, "reconnect_most_s": 0.3,
+            "intervals": INTERVALS.get(exchange, ["1m"]), **options,
         }  # fmt: skip
         self.configure(connector)
 
@@ -255,7 +260,7 @@ class Fleet:
     def prove(self, *, book_stream: str = "", to_the_end: bool = False) -> Proof:
         return prove(
             self.sim.ledger(), self.data, self.rings, self.exchange, feeds=self.feeds, book_stream=book_stream,
-            to_the_end=to_the_end,
+            intervals=INTERVALS.get(self.exchange, ["1m"]), to_the_end=to_the_end,
         )  # fmt: skip
 
     def rows(self, feed: str, name: str = NAME) -> list[dict[str, Any]]:

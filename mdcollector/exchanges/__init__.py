@@ -165,12 +165,11 @@ class Venue(ABC):
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
     PREFIX: ClassVar[bytes] = b""  # how a frame of a stream begins, up to what tells the stream
     DELIMITER: ClassVar[bytes] = b'"'  # what ends that
-    KNOWN_FIELDS: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # names in data frames, at any depth; a new one is told; none = all
-    RATE_LIMITED: ClassVar[
-        Mapping[int, float]
-    ] = {}  # HTTP statuses that mean "slow down", beside 429 and 418: wait in s
+    # Names in data frames, at any depth: a new one is told; none = all.
+    KNOWN_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    # HTTP statuses that mean "slow down", beside 429 and 418: wait in s.
+    RATE_LIMITED: ClassVar[Mapping[int, float]] = {}
+    OVERLAPS: ClassVar[bool] = True  # two connections can deliver at once; else one ends before the next begins
     CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
@@ -589,8 +588,12 @@ class Selection(msgspec.Struct, frozen=True):
         for pattern in self.patterns:
             if not pattern.startswith("!") and not any(_fits(ticker, pattern) for ticker in passing):
                 let = f", {len(passing)} pass the filters" if len(passing) < len(active) else ""
+                others = [
+                    f"; {i.ticker} is {i.status}" for i in listed if i.ticker.upper() == pattern.upper() and i.status
+                ]
                 raise ConfigError(
                     f"tickers: {pattern!r} names no active instrument of the venue ({len(active)} listed{let})"
+                    + "".join(others)
                 )
         if not self.chosen(active):
             raise ConfigError(f"tickers: {', '.join(self.patterns)}: what is excluded leaves nothing")
