@@ -187,6 +187,10 @@ def _us(text: str) -> int:
     return max(0, (moment.days * 86_400 + moment.seconds) * 1_000_000 + moment.microseconds)
 
 
+def _error(message: str, reason: str) -> str:
+    return text_of({"type": "error", "message": message, "reason": reason})
+
+
 def _pairs(request: Json) -> list[tuple[str, str]]:
     """Channel and product of all that a request names; products may stand beside a channel or above all of them."""
     common: Any = request.get("product_ids", [])
