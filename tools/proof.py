@@ -6,8 +6,8 @@ dictionaries, the tables are read with pyarrow, and every rule is written here a
     trades      every trade between the first and the last recorded one of a ticker is there once and equal, or an
                 unrepaired row of `gaps` names its id; no trade that the exchange did not make
     books       a book rebuilt from the rows equals the exchange's after every message (where neither the row says
-                BOOK_INVALID nor a row of `gaps` names its id), every row says truly what it did to the book, and every depth event is there once, is
-                named by `gaps`, or lies before the snapshot that ended the hole
+                BOOK_INVALID nor a row of `gaps` names its id), every row says truly what it did to the book, and
+                every depth event is there once, is named by `gaps`, or lies before the snapshot that ended the hole
     bbo, tickers, candles
                 rows are the exchange's, in its order; a missing one lies in the time of a hole that `gaps` records
     rings       tables have the very rows of the rings, seq_ids without a hole up to what was published
