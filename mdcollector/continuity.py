@@ -170,7 +170,7 @@ class BookSync:
     __slots__ = (
         "_accounted_id", "_asks", "_bids", "_cause_id", "_emit", "_follows", "_held", "_held_levels", "_hole",
         "_old_from", "_old_id", "_old_run", "_stale", "_unproven_id", "_want_snapshot", "cause", "crossed_since",
-        "instrument", "last_id", "last_time", "state",
+        "instrument", "last_id", "last_time", "proven", "state",
     )  # fmt: skip
 
     def __init__(
@@ -196,6 +196,7 @@ class BookSync:
         self._old_run = self._old_from = 0  # old messages since `last_id` was `_old_id`, first id of the first one
         self._old_id = -1
         self.crossed_since = 0
+        self.proven: tuple[int, int] | None = None  # id and time of the last proof, where ids cannot tell a hole
 
     # What the venue says
 
@@ -262,9 +263,15 @@ class BookSync:
         if self.state is LIVE:
             self.cause, self._cause_id = cause, self.last_id
 
-    def distrust(self, cause: str) -> None:
-        """Give the book up and take a new snapshot: it is proven wrong, or its continuity cannot be shown any more."""
-        if self.state is LIVE:
+    def distrust(self, cause: str, since: tuple[int, int] | None = None) -> None:
+        """Give the book up and take a new snapshot: it is proven wrong, or its continuity cannot be shown any more.
+
+        `since` (else `proven`): id and time of the last state that is sure; the ledger then names all that followed.
+        """
+        if self.state is LIVE and (since := since or self.proven) is not None:
+            self._hole, self.state = None, BROKEN
+            self._gap(since[0] + 1, self.last_id + 1, self._emit.rcv_us, cause, from_time=since[1])
+        elif self.state is LIVE:
             self._break(self.last_id, self.last_id, self._emit.rcv_us, cause, fillable=False)
         self._want_snapshot(self)
 
@@ -336,10 +343,19 @@ class BookSync:
             self.crossed_since = 0
             self.distrust("crossed")
 
-    def _gap(self, first_id: int, last_id: int, to_time: int, cause: str, repaired: bool = False) -> None:
+    def _gap(
+        self,
+        first_id: int,
+        last_id: int,
+        to_time: int,
+        cause: str,
+        repaired: bool = False,
+        from_time: int | None = None,
+    ) -> None:
         self._emit.gap(
             "orderbook_l2", self.instrument.ticker, first_id=first_id, last_id=last_id,
-            from_time=self.last_time, to_time=to_time, cause=cause, repaired=repaired,
+            from_time=self.last_time if from_time is None else from_time, to_time=to_time, cause=cause,
+            repaired=repaired,
         )  # fmt: skip
 
     def _hold(self, first_id: int, last_id: int, prev_id: int, timestamp: int, bids: Pairs, asks: Pairs) -> None:
@@ -619,6 +635,14 @@ class TradeSync:
         oldest = min(trade[0] for trade in trades)
         for hole in [hole for hole in self._holes if hole.last == oldest - 1]:
             self._want_hole(hole.first, hole.last)
+
+    def newest(self, seq: int, timestamp: int) -> None:
+        """The venue says that its newest trade is `seq`: what lies between the last one and it was missed."""
+        if seq == self.last:
+            self._cause_seq = -1  # nothing was missed
+        elif 0 <= self.last < seq <= self.last + COUNTER_JUMP_MAX:
+            self._open_hole(self.last + 1, seq, timestamp, self.cause if self.unproven else "sequence")
+            self.last, self.last_time = seq, timestamp
 
     def disconnected(self, cause: str = "reconnect") -> None:
         """The connection ended: a hole that shows next is its doing."""

@@ -125,6 +125,7 @@ class Emit:
         self.connector, self.exchange, self.clock = connector, exchange, clock
         self.counters: Counter[str] = Counter()
         self.samples: dict[str, str] = {}
+        self.on_refused: Callable[[bytes], None] | None = None  # told of every unusable frame, where no id will miss it
         self.directory = ring_dir(rings, connector)
         self._code = int(exchange)
         self._base_flags = int(Flag.REPLAYED) if replayed else 0
@@ -219,6 +220,8 @@ class Emit:
         if key not in self.samples:
             sample = raw[:SAMPLE_BYTES_MAX].decode(errors="backslashreplace")
             self.samples[key] = f"{text[:SAMPLE_BYTES_MAX]} | {sample}"
+        if self.on_refused is not None:
+            self.on_refused(raw)
 
     def refused_error(self, error: Exception, raw: bytes) -> None:
         """Count a frame that a decoder refused, under the reason that its error tells."""
