@@ -20,7 +20,7 @@ from mdcollector import continuity
 from mdcollector.continuity import BROKEN, HOLE, LIVE, NEXT, OLD, WAITING, BookSync, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
-from mdcollector.exchanges import binance_spot, deribit
+from mdcollector.exchanges import binance, deribit
 from mdcollector.records import Exchange, Flag
 
 NOW_NS = 1_796_083_200_000_000_000
@@ -68,7 +68,7 @@ class Rig:
     def __init__(self, emit: Emit, chained: bool, published_id: int = -1) -> None:
         self.emit, self.wanted, self.time = emit, 0, T0
         self.chained = chained  # by predecessor (Deribit), else by ranges (Binance)
-        follows = deribit.follows if chained else binance_spot.follows
+        follows = deribit.follows if chained else binance.follows
         self.book = BookSync(emit, emit.instrument("A"), follows, self._want, published_id)
 
     def _want(self, book: BookSync) -> None:
@@ -770,6 +770,6 @@ def test_rules_of_the_venues(last: int, first: int, size: int, prev: int) -> Non
         if last + 1 in range(first, end + 1)
         else HOLE
     )
-    assert binance_spot.follows(last, first, end, -1) == binance
+    assert binance.follows(last, first, end, -1) == binance
     chained = NEXT if prev == last else OLD if end <= last else HOLE
     assert deribit.follows(last, end, end, prev) == chained
