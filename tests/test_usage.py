@@ -1,6 +1,7 @@
 """The commands as a stranger uses them: wrong input is named, nothing that went wrong looks like success."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -259,3 +260,23 @@ def test_no_command_takes_a_number_that_is_none(
     default = option.get_default(click.Context(command))
     if isinstance(default, float):
         assert option.type_cast_value(click.Context(command), default) == default
+
+
+@pytest.mark.parametrize("module", ["numpy", "click", "pyarrow"])
+def test_an_interrupt_while_a_command_is_still_loading_is_answered_with_nothing(tmp_path: Path, module: str) -> None:
+    """pyarrow is loaded by the command itself, the others before there is one. A stand-in makes each take for ever."""
+    text = "import signal, sys\nprint('loading', file=sys.stderr, flush=True)\nsignal.pause()\n"
+    (tmp_path / f"{module}.py").write_text(text)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        command("mdcollector", "verify", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "loading\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (130, "", "")
