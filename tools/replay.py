@@ -625,7 +625,7 @@ async def _serve(source: Source, venue: Venue, settings: Settings, host: str, po
 @click.option("--seconds", type=Finite(0, min_open=True), help="Default: until Ctrl-C or SIGTERM.")
 @click.option("--ws-url", help="Default: the venue's.")
 @click.option("--rest-url", help="Default: the venue's.")
-@click.option("--every", "every_s", type=click.FloatRange(0.1), help="Seconds between two requests for the same thing, "
+@click.option("--every", "every_s", type=Finite(0.1), help="Seconds between two requests for the same thing, "
               "where the venue is polled. Default: the venue's.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @log_options
