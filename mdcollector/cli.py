@@ -17,6 +17,7 @@ import click
 
 from mdcollector import logs
 from mdcollector.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FINDINGS, ConfigError, RingError, StorageError
+from mdcollector.options import Finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ CONFIG = click.option(
     help="Fleet file (TOML).",
 )  # fmt: skip
 LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
-SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop by itself after so long.")
+SECONDS = click.option("--seconds", type=Finite(0, min_open=True), help="Stop by itself after so long.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -146,7 +147,7 @@ EXCHANGE = click.argument("exchange", callback=_known_exchange)
 @click.option("--rest-url", default="", help="REST base instead of the venue's.")
 @click.option(
     "--roll-s",
-    type=click.FloatRange(0.1, 86_400),
+    type=Finite(0.1, 86_400),
     default=60.0,
     show_default=True,
     help="Seconds that rows wait at most to be made durable.",
@@ -735,7 +736,7 @@ def _print_proof(report: Any) -> None:
 )
 @click.option(
     "--age-min-s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=300.0,
     show_default=True,
     help="Leave files alone that are younger.",

@@ -5,7 +5,6 @@ A program for people and pipes (`mdtail --help`); reads rings only, through `Rin
 
 import contextlib
 import fnmatch
-import math
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, RingError
+from mdcollector.options import Finite
 from mdcollector.records import ASK, BID, BUY, FEEDS, SELL, UINT32_MAX, Action, Column, Exchange, Feed, Flag
 from mdcollector.ring import RingReader, Rows
 
@@ -785,12 +785,6 @@ def _start(_context: click.Context, _option: click.Parameter, given: str | None)
     return int(given)
 
 
-def _finite(_context: click.Context, _option: click.Parameter, given: float | None) -> float | None:
-    if given is not None and not math.isfinite(given):  # nan passes every range
-        raise click.BadParameter(f"{given} is not a finite number")
-    return given
-
-
 def _columns(_context: click.Context, _option: click.Parameter, given: str | None) -> list[str]:
     return [] if given is None else [name.strip() for name in given.split(",")]
 
@@ -826,11 +820,9 @@ def _check_columns(wanted: Sequence[str], feeds: Sequence[str]) -> None:
               help="newest, oldest or a sequence number. Without it newest; oldest with --csv FILE or "
                    "--no-follow.")  # fmt: skip
 @click.option("--rows", "rows_max", type=click.IntRange(1), help="Stop after so many rows.")
-@click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), callback=_finite, help="Stop after so many seconds."
-)
+@click.option("--seconds", type=Finite(0, min_open=True), help="Stop after so many seconds.")
 @click.option("--no-follow", is_flag=True, help="Show what is there now, then stop.")
-@click.option("--poll-ms", type=click.FloatRange(0.1, 10_000), default=20.0, show_default=True, callback=_finite,
+@click.option("--poll-ms", type=Finite(0.1, 10_000), default=20.0, show_default=True,
               help="How long to sleep when there is nothing new.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
               help="What is said on stderr.")  # fmt: skip

@@ -763,13 +763,13 @@ def test_a_counter_is_not_believed_before_it_is_confirmed() -> None:
 def test_rules_of_the_venues(last: int, first: int, size: int, prev: int) -> None:
     """Word for word: Binance steps 4 and 6; Deribit's predecessor."""
     end = first + size
-    binance = (
+    by_ranges = (
         OLD
         if not set(range(last + 1, 200)) & set(range(first, end + 1))
         else NEXT
         if last + 1 in range(first, end + 1)
         else HOLE
     )
-    assert binance.follows(last, first, end, -1) == binance
+    assert binance.follows(last, first, end, -1) == by_ranges
     chained = NEXT if prev == last else OLD if end <= last else HOLE
     assert deribit.follows(last, end, end, prev) == chained

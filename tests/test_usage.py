@@ -1,6 +1,7 @@
 """The commands as a stranger uses them: wrong input is named, nothing that went wrong looks like success."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,14 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import posix_ipc
 import pyarrow.dataset as ds
 import pytest
 
+from mdcollector import cli
 from mdcollector import ring as ring_module
 from mdcollector.budget import Budget
 from mdcollector.records import TRADES
 from mdcollector.ring import RingReader, RingWriter
+from readers import tail
+from tools import compare, demo, replay
+from tools.sim import cli as sim_cli
 
 DEADLINE_S = 60.0
 NOWHERE = ("--ws-url", "ws://127.0.0.1:1", "--rest-url", "http://127.0.0.1:1")
@@ -227,3 +233,50 @@ def test_a_closed_ring_leaves_no_semaphore_and_a_sleeping_reader_finds_the_next_
             assert len(reader.read()) == 1
             assert not reader.wait(0.001, "semaphore")
     assert left() == 0
+
+
+def commands_of(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    for word, below in getattr(command, "commands", {}).items():
+        yield from commands_of(below, f"{name} {word}")
+
+
+NUMBERS = [
+    (name, command, option)
+    for program in (cli.main, tail.main, compare.main, replay.main, sim_cli.main, demo.main)
+    for name, command in commands_of(program, program.callback.__module__)  # type: ignore[union-attr]
+    for option in command.params
+    if isinstance(option.type, click.types.FloatParamType)
+]
+
+
+@pytest.mark.parametrize(("name", "command", "option"), NUMBERS, ids=[f"{n} {o.opts[0]}" for n, _, o in NUMBERS])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_no_command_takes_a_number_that_is_none(
+    name: str, command: click.Command, option: click.Parameter, value: str
+) -> None:
+    with pytest.raises(click.BadParameter, match=r"finite|not in the range"):
+        option.type_cast_value(click.Context(command), value)
+    default = option.get_default(click.Context(command))
+    if isinstance(default, float):
+        assert option.type_cast_value(click.Context(command), default) == default
+
+
+@pytest.mark.parametrize("module", ["numpy", "click", "pyarrow"])
+def test_an_interrupt_while_a_command_is_still_loading_is_answered_with_nothing(tmp_path: Path, module: str) -> None:
+    """pyarrow is loaded by the command itself, the others before there is one. A stand-in makes each take for ever."""
+    text = "import signal, sys\nprint('loading', file=sys.stderr, flush=True)\nsignal.pause()\n"
+    (tmp_path / f"{module}.py").write_text(text)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        command("mdcollector", "verify", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "loading\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (130, "", "")

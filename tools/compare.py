@@ -30,6 +30,7 @@ from rich.table import Table
 
 from mdcollector import logs
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnected, RingError
+from mdcollector.options import Finite
 from mdcollector.records import Flag
 from mdcollector.ring import RingReader, ring_dir
 from tools.live import USER_AGENT, LiveFeed, fetch, log_options, stop_on_signals
@@ -913,10 +914,10 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory of the CSV files."
 )
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Default: until Ctrl-C or SIGTERM.")
-@click.option("--edge", "edge_s", type=click.FloatRange(0), default=5.0, show_default=True,
+@click.option("--seconds", type=Finite(0, min_open=True), help="Default: until Ctrl-C or SIGTERM.")
+@click.option("--edge", "edge_s", type=Finite(0), default=5.0, show_default=True,
               help="Seconds at both ends, and around losses of the own connection, in which one side may be alone.")  # fmt: skip
-@click.option("--wait", "wait_s", type=click.FloatRange(0), default=30.0, show_default=True,
+@click.option("--wait", "wait_s", type=Finite(0), default=30.0, show_default=True,
               help="Seconds to wait for rings that do not exist yet.")  # fmt: skip
 @click.option("--seek", type=click.Choice(["newest", "oldest"]), default="newest", show_default=True,
               help="Where in the rings to begin.")  # fmt: skip

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS
 from mdcollector.exchanges import venue_class
+from mdcollector.options import Finite
 from mdcollector.records import FEEDS
 from mdcollector.stats import read_stats
 from mdcollector.supervisor import status
@@ -183,8 +184,16 @@ def _rows(out: Path, feed: str, exchange: str) -> int:
 
 
 @click.command()
-@click.option("--seconds", default=20.0, show_default=True, help="How long the fleet collects.")
-@click.option("--rate", default=50.0, show_default=True, help="Market actions per second and ticker.")
+@click.option(
+    "--seconds", type=Finite(0, min_open=True), default=20.0, show_default=True, help="How long the fleet collects."
+)
+@click.option(
+    "--rate",
+    type=Finite(0, min_open=True),
+    default=50.0,
+    show_default=True,
+    help="Market actions per second and ticker.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True)
 def main(seconds: float, rate: float, out: Path) -> None:
     """Simulated exchanges with faults, the whole fleet, and proof that every row arrived."""

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from mdcollector import logs
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnected, StorageError
+from mdcollector.options import Finite
 from mdcollector.recording import Entry, RecordingWriter, read_recording
 from mdcollector.records import DATA_FEEDS
 from tools.live import LiveFeed, fetch, log_options, stop_on_signals
@@ -563,9 +564,9 @@ def main() -> None:
 @click.option("--exchange", type=click.Choice(venue_names()), help="Default: told by the recording.")
 @click.option("--loop", is_flag=True, help="Start again at the end, for ever.")
 @click.option("--wait-clients", type=click.IntRange(1), default=1, show_default=True, help="Clients to wait for.")
-@click.option("--settle", "settle_s", type=click.FloatRange(0), default=0.5, show_default=True,
+@click.option("--settle", "settle_s", type=Finite(0), default=0.5, show_default=True,
               help="Seconds without a new subscription before playback starts.")  # fmt: skip
-@click.option("--stall", "stall_s", type=click.FloatRange(0.1), default=30.0, show_default=True,
+@click.option("--stall", "stall_s", type=Finite(0.1), default=30.0, show_default=True,
               help="Seconds after which a client that takes nothing is cut off.")  # fmt: skip
 @click.option("--at-end", type=click.Choice(["hold", "close"]), default="hold", show_default=True,
               help="hold: connections stay open and silent until SIGTERM. close: they are closed; the port stays.")  # fmt: skip
@@ -621,10 +622,10 @@ async def _serve(source: Source, venue: Venue, settings: Settings, host: str, po
     "--feeds", help="Feeds, by comma. Default: trades,orderbook_l2,bbo, and candles,tickers of a polled venue."
 )
 @click.option("--stream", "extra", multiple=True, help="A stream by the venue's own name, in addition; repeatable.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Default: until Ctrl-C or SIGTERM.")
+@click.option("--seconds", type=Finite(0, min_open=True), help="Default: until Ctrl-C or SIGTERM.")
 @click.option("--ws-url", help="Default: the venue's.")
 @click.option("--rest-url", help="Default: the venue's.")
-@click.option("--every", "every_s", type=click.FloatRange(0.1), help="Seconds between two requests for the same thing, "
+@click.option("--every", "every_s", type=Finite(0.1), help="Seconds between two requests for the same thing, "
               "where the venue is polled. Default: the venue's.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @log_options

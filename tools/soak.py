@@ -30,6 +30,7 @@ from rich.table import Table
 
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, RingError
 from mdcollector.exchanges import venue_class
+from mdcollector.options import Finite
 from mdcollector.stats import read_stats
 from tools.proof import prove
 from tools.sim.process import SimError, SimProcess
@@ -366,7 +367,7 @@ def _shown(seen: Seen) -> str:
 
 
 @click.command()
-@click.option("--seconds", type=click.FloatRange(20, 86_400), default=900.0, show_default=True)
+@click.option("--seconds", type=Finite(20, 86_400), default=900.0, show_default=True)
 @click.option("--rate", default=400.0, show_default=True, help="Market actions per second and ticker.")
 @click.option("--exchanges", default="binance_spot,deribit,okx,bybit_linear", show_default=True)
 @click.option("--seed", default=1, show_default=True)

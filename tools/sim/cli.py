@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mdcollector import logs
+from mdcollector.options import Finite
 from tools.live import log_options
 from tools.sim.faults import FaultError, help_text
 from tools.sim.server import Exchange, Options, Venue, venues
@@ -124,8 +125,8 @@ def _print(line: dict[str, Any]) -> None:
     callback=_rate,
     help="Market actions (orders, cancels, trades) a second for a ticker with share 1, or max.",
 )
-@click.option("--seconds", type=click.FloatRange(0), default=math.inf, help="End after so many seconds.")
-@click.option("--events", type=click.FloatRange(0), default=math.inf, help="End after so many market actions.")
+@click.option("--seconds", type=Finite(0), help="End after so many seconds.")
+@click.option("--events", type=click.IntRange(0), help="End after so many market actions.")
 @click.option("--ledger", type=click.Path(path_type=Path, dir_okay=False), help="File for the truth, as JSON lines.")
 @click.option(
     "--depth",
@@ -148,8 +149,8 @@ def main(
     seed: int,
     tickers: tuple[str, ...],
     rate: float,
-    seconds: float,
-    events: float,
+    seconds: float | None,
+    events: int | None,
     ledger: Path | None,
     depth: int,
     epoch: int | None,
@@ -177,8 +178,8 @@ def main(
         seed=seed,
         tickers=tickers,
         rate=rate,
-        seconds=seconds,
-        events=events,
+        seconds=math.inf if seconds is None else seconds,
+        events=math.inf if events is None else events,
         ledger=ledger,
         depth=depth,
         epoch_us=epoch,
