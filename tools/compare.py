@@ -31,8 +31,8 @@ from rich.table import Table
 from mdcollector import logs
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnected, RingError
 from mdcollector.options import Finite
-from mdcollector.records import Flag
-from mdcollector.ring import RingReader, ring_dir
+from mdcollector.records import GAPS, Flag
+from mdcollector.ring import RingReader
 from tools.live import USER_AGENT, LiveFeed, fetch, log_options, stop_on_signals
 from tools.venues import (
     CANDLES_COMPARED,
@@ -628,13 +628,13 @@ def _waiting(order: int, values: Values, row: dict[str, Any]) -> Waiting:
 
 
 class Rings:
-    """Finds the rings of one connector, waiting for them if need be."""
+    """Finds the rings of one connector, in all its connections (NAME.1, NAME.2, ...), waiting for them if need be."""
 
     def __init__(self, venue: Venue, rings: Path, connector: str | None, feeds: list[str] | None) -> None:
         self._venue, self._rings, self._connector = venue, rings, connector
-        self._feeds = feeds
-        self.directory = rings
-        self.feeds: list[str] = []
+        self._wanted, self._all_of_them = feeds or list(venue.compared), feeds is not None
+        self.found: list[tuple[Path, str]] = []  # directory of a connection, feed
+        self.feeds: list[str] = []  # that are compared
 
     def find(self, timeout_s: float) -> list[str]:
         """Instruments of the rings; WrongUse tells what was not there in time."""
@@ -648,33 +648,49 @@ class Rings:
             time.sleep(min(0.1, timeout_s))
 
     def _look(self) -> list[str]:
-        self.directory = self._directory()
-        wanted = self._feeds or [f for f in self._venue.compared if (self.directory / f"{f}.meta").exists()]
-        if not wanted:
-            raise LookupError(f"{self.directory} has no ring of {', '.join(self._venue.compared)}")
-        tickers: dict[str, None] = {}
-        for feed in wanted:
-            with RingReader(self.directory, feed) as reader:
-                if reader.exchange.lower() != self._venue.exchange:
-                    raise WrongUse(f"{self.directory}: rings of {reader.exchange}, not of {self._venue.exchange}")
-                tickers.update(dict.fromkeys(reader.tickers))
-        self.feeds = wanted
+        directories, tickers = self._directories(), dict[str, None]()
+        self.found = []
+        for directory in directories:
+            for feed in (*self._wanted, GAPS.name):
+                if not (directory / f"{feed}.meta").exists():
+                    continue
+                with RingReader(directory, feed) as reader:
+                    if reader.exchange.lower() != self._venue.exchange:
+                        raise WrongUse(f"{directory}: rings of {reader.exchange}, not of {self._venue.exchange}")
+                    self.found.append((directory, feed))
+                    if feed != GAPS.name:
+                        tickers.update(dict.fromkeys(ticker for ticker in reader.tickers if ticker != "*"))
+        self.feeds = [feed for feed in self._wanted if any(found == feed for _, found in self.found)]
+        if not self.feeds or (self._all_of_them and len(self.feeds) < len(self._wanted)):
+            missing = ", ".join(feed for feed in self._wanted if feed not in self.feeds)
+            raise LookupError(f"{', '.join(map(str, directories))}: no ring of {missing}")
         return list(tickers)
 
-    def _directory(self) -> Path:
-        if self._connector is not None:
-            return ring_dir(self._rings, self._connector)
-        found = []
+    def _directories(self) -> list[Path]:
+        """Those of the connector that was named, or of the only one of this exchange."""
+        found: dict[str, list[Path]] = {}
         for meta in sorted(self._rings.glob("*/*.meta")):
-            with RingReader(meta.parent, meta.stem) as reader:
-                if reader.exchange.lower() == self._venue.exchange and meta.parent not in found:
-                    found.append(meta.parent)
+            connector = _connector_of(meta.parent.name)
+            if self._connector is None:
+                with RingReader(meta.parent, meta.stem) as reader:
+                    meant = reader.exchange.lower() == self._venue.exchange
+            else:
+                meant = self._connector in (connector, meta.parent.name)
+            if meant and meta.parent not in found.setdefault(connector, []):
+                found[connector].append(meta.parent)
         if not found:
-            raise LookupError(f"{self._rings} has no rings of {self._venue.exchange}")
+            named = f"connector {self._connector}" if self._connector else f"rings of {self._venue.exchange}"
+            raise LookupError(f"{self._rings} has no {named}")
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+            names = ", ".join(found)
             raise WrongUse(f"{self._rings} has several connectors of {self._venue.exchange}: {names}; give --connector")
-        return found[0]
+        return next(iter(found.values()))
+
+
+def _connector_of(process: str) -> str:
+    """NAME of a connection NAME.1, NAME.2, ..."""
+    name, _, number = process.rpartition(".")
+    return name if name and number.isdecimal() else process
 
 
 class Filters(msgspec.Struct, forbid_unknown_fields=True):
@@ -723,8 +739,9 @@ class Comparison:
         self.live = Live(int(settings.edge_s * 1e6))
         self.report = Report(self.live, out / "differences.csv", venue.exchange)
         self.feeds = rings.feeds
-        ring_feeds = [*rings.feeds, "gaps"] if (rings.directory / "gaps.meta").exists() else rings.feeds
-        self._ring_sides = [RingSide(rings.directory, f, tickers, self.report, settings.seek) for f in ring_feeds]
+        self._ring_sides = [
+            RingSide(directory, feed, tickers, self.report, settings.seek) for directory, feed in rings.found
+        ]
         self._own_side = OwnSide(venue, self.report, rings.feeds, tickers, url)
         self.error = ""
 
@@ -991,7 +1008,7 @@ def _prepare(
     wanted = narrowing.keep(tickers or known)
     if not wanted:
         raise WrongUse(
-            "no instrument is left to compare" if tickers or known else f"{found.directory}: no instrument yet"
+            "no instrument is left to compare" if tickers or known else f"{found.found[0][0]}: no instrument yet"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
