@@ -365,9 +365,9 @@ class Gmx(Venue):
             self._not_fresh([series.name], f"its newest candle begins at {latest}")
             if latest < series.newest:
                 return  # what it calls open was closed long ago
-        if not series.answered and not series.newest and not self.open_world:
-            wanted = rows[: self.options.backfill + 1]
-            series.horizon = rows[len(wanted)][0] if len(rows) > len(wanted) else -1
+        unwanted = rows[self.options.backfill + 1 :]
+        if unwanted and not series.answered and not self.open_world:  # but what was missed since an earlier life is
+            series.horizon = max(series.horizon, min(unwanted[0][0], series.newest or unwanted[0][0]))
         series.answered = True
         batch: list[CandleArgs] = []
         for at, ohlc in reversed(rows[1:] if late else rows):  # a late host calls open what has ended since
