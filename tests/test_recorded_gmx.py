@@ -18,7 +18,7 @@ from recorded import DATA, LAST, REPLAYED, TIME_LOCAL, needs_data, plain, same_d
 
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
-from mdcollector.exchanges import Fetch, Options, Reconnect, resolve_tickers
+from mdcollector.exchanges import Fetch, Options, Reconnect, Selection
 from mdcollector.exchanges.gmx import HOST_PATIENCE_NS, KNOWN_MAX, LOOKBACK, Gmx
 from mdcollector.normalize import normalize
 from mdcollector.recording import Entry, RecordingWriter
@@ -140,6 +140,10 @@ def test_recorded_answers_become_the_rows_that_plain_json_gives(tmp_path: Path) 
         for column, text in zip(("open", "high", "low", "close"), prices, strict=True):
             assert same_decimal(stored[column][n], str(text))
 
+    stored = table(tmp_path / "out", "instruments")
+    assert stored["ticker"] == [token["symbol"] for token in plain((REST / order[0]).read_text())["tokens"]]
+    assert set(stored["quote"]) == {"USD"}
+
     stored = table(tmp_path / "out", "tickers")
     decimals = {token["address"]: token["decimals"] for token in plain((REST / order[0]).read_text())["tokens"]}
     prices = plain((REST / "prices_tickers_arbitrum.json").read_text())
@@ -161,7 +165,7 @@ def test_the_recorded_list_of_tokens() -> None:
     assert [info.ticker for info in listed] == [token["symbol"] for token in tokens]
     assert [info.status for info in listed] == ["synthetic" if token.get("synthetic") else "token" for token in tokens]
     assert Gmx.instruments(json.dumps(tokens).encode()) == listed, "some copies of the documentation show a bare list"
-    assert resolve_tickers(["BTC", "W*", "!WLD"], listed) == sorted(
+    assert Selection(("BTC", "W*", "!WLD")).chosen(listed) == sorted(
         t["symbol"]
         for t in tokens
         if t["symbol"] == "BTC" or (t["symbol"].upper().startswith("W") and t["symbol"] != "WLD")

@@ -156,7 +156,7 @@ class Gmx(Venue):
     REST_URL = "https://arbitrum-api.gmxinfra.io"
     REST_FALLBACKS = ("https://arbitrum-api.gmxinfra2.io",)
     LIMITS = Limits(
-        streams_per_connection=100,  # ours: each candle stream is a request every 15 s
+        streams_per_connection=60,  # ours: each candle stream is a request every 15 s, the first of them in 12 s
         messages_per_s=1,  # there are none
         connects=(60, 60.0),  # there are none
         weight=(600, 60.0),  # ours: no limit is published, 2026
@@ -209,6 +209,7 @@ class Gmx(Venue):
         self._looked.clear()
         self._fresh_ns = time.time_ns()
         self._prices_due_ns = 0
+        self._polled, self._prices = set(), {}
         self.subscribe([stream.name for stream in self.streams])
 
     def subscribe(self, names: Sequence[str]) -> None:
@@ -268,6 +269,7 @@ class Gmx(Venue):
             self._on_prices(body)
         elif parts.path.endswith(_TOKENS):
             self._decimals = {token.address: token.decimals for token in _tokens(body)}
+            self.take_instruments(url, body)
         elif parts.path.endswith(_IGNORED):
             return
         else:
@@ -415,7 +417,8 @@ class Gmx(Venue):
             self._on_price(price, body)
         if missing := [name for ticker, name in self._prices.items() if ticker not in seen]:
             self.emit.counters["ticker_missing"] += len(missing)
-            self.refuse([name for name in missing if not self.proof[name].refused], "not in the list of prices")
+            new = [name for name in missing if name in self.proof and not self.proof[name].refused]
+            self.refuse(new, "not in the list of prices")
 
     def _on_price(self, price: Price, body: bytes) -> None:
         """One token: each is a message of its own, one that cannot be is refused and harms no other."""
