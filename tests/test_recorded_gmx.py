@@ -483,6 +483,18 @@ def test_each_price_is_one_row_also_over_a_restart(polled: Any) -> None:
     assert [row["timestamp"] for row in two.rows("tickers")][2:] == [(at + 2) * 1000]
 
 
+def test_what_is_of_the_future_does_not_hide_what_follows(polled: Any) -> None:
+    one, at, rows = ready(polled()), NOW_NS // 10**6, history(3)
+    one.answer("/prices/tickers", [price(at=at + 3_600_000)])
+    one.answer("/prices/tickers", [price(at=at)])
+    assert [row["timestamp"] for row in one.rows("tickers")] == [at * 1000]
+    assert one.emit.counters["refused_absurd_number"] == 1
+    with pytest.raises(FrameError, match="candle"):
+        one.candles([[rows[0][0] + 1800, *rows[0][1:]], *rows])
+    one.candles(rows)
+    assert one.seen()[-1] == (rows[0][0], False, rows[0][4])
+
+
 def test_one_impossible_price_harms_no_other(polled: Any) -> None:
     one = ready(polled("BTC", "ETH", "DOGE"))
     one.answer("/prices/tickers", [price(), price("ETH", "1739.5", 12)])

@@ -41,7 +41,7 @@ STAGGER_NS = 200_000_000  # between the first requests of two candle streams, an
 LIMIT_MAX = 10_000  # candles of one answer; deeper history is not served
 LOOKBACK = 10  # closed candles that every answer brings again, to notice those that were revised
 KNOWN_MAX = 200  # candles whose published version is kept; older ones count as published
-AHEAD_MAX_S = 3600  # a candle that begins later than this from now is a broken answer
+AHEAD_MAX_S = 60  # what is from later than this is broken, and believed it would hide all that comes until then
 HOST_PATIENCE_NS = 10_000_000_000  # without any answer that is up to date, then another host is asked
 TOLERANCE = 0.05  # between a token's price and the close of its latest 1m candle, to tell the decimal rule
 CHECKED_MAX = 5  # tokens by which that is told
@@ -433,7 +433,8 @@ class Gmx(Venue):
         values: dict[str, Any] = {
             column: _usd(digits, exponent) for column, digits in given.items() if digits is not None
         }
-        if not all(0 < value < PRICE_MAX for value in values.values()):
+        is_possible = all(0 < value < PRICE_MAX for value in values.values())
+        if not is_possible or at_us > self.emit.rcv_us + AHEAD_MAX_S * 1_000_000:
             self.emit.refused("absurd_number", body, f"ticker {price}")
             return
         if at_us and self._is_late(at_us / 1_000_000):
