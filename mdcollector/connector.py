@@ -242,7 +242,7 @@ class Connector:
                 self._last_error = self._fetcher.last_failure
             # An answer that is up to date proves its streams anew, also where a price did not move and no row came.
             fresh_ns = max((state.acknowledged_ns for state in self.venue.proof.values()), default=0)
-            if time.time_ns() - max(opened_ns, self._data_ns, fresh_ns) > stale_s * 1e9:
+            if time.time_ns() - max(opened_ns, self._data_ns, fresh_ns) > stale_s * 1e9 and self.venue.streams:
                 raise Stale(f"no fresh answer for {stale_s:g} s")
             wanted, self._reconnect = self._reconnect, None
             if wanted is not None and not wanted.overlap:
@@ -451,7 +451,7 @@ class Connector:
     def _may_ask(self) -> bool:
         """One connection is open and has nothing left to send, so what is subscribed anew comes at once."""
         if self._leg is None:
-            return self._polled
+            return self._answering
         return not (self._leg.outbox or self._leg.closed.is_set() or self.venue.overlapping or self._reconnect)
 
     def _carry_out_current(self) -> None:

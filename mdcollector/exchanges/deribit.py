@@ -241,8 +241,21 @@ class Deribit(Venue):
         weight=(20, 1.0),  # non-matching requests: 20 a second sustained
         instruments_weight=20,  # get_instruments costs 10,000 credits, of which 10,000 come back in a second
         lifetime_s=0,
+        messages_per_ip=(33, 10.0),  # subscribes: 3,000 credits of a pool of 30,000, of which 10,000 come back a second
     )
     CREDENTIALS = ("client_id", "client_secret")
+    KNOWN_FIELDS = frozenset({
+        "jsonrpc", "method", "params", "channel", "data", "type", "timestamp", "instrument_name", "state",
+        "change_id", "prev_change_id", "bids", "asks", "trade_id", "trade_seq", "price", "amount", "contracts",
+        "direction", "index_price", "mark_price", "tick_direction", "iv", "liquidation", "legs", "combo_id",
+        "combo_trade_id", "combo_state", "block_trade_id", "block_trade_leg_count", "block_rfq_id",
+        "starbase_match_id", "starbase_timestamp", "best_bid_price", "best_bid_amount", "best_ask_price",
+        "best_ask_amount", "stats", "high", "low", "volume", "volume_usd", "volume_notional", "price_change",
+        "last_price", "open_interest", "current_funding", "funding_8h", "min_price", "max_price", "settlement_price",
+        "delivery_price", "estimated_delivery_price", "interest_rate", "interest_value", "underlying_price",
+        "underlying_index", "bid_iv", "ask_iv", "mark_iv", "implied_bid", "implied_ask", "greeks", "delta", "gamma",
+        "vega", "theta", "rho", "tick", "open", "close", "cost",
+    })  # fmt: skip
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
