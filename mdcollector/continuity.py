@@ -550,7 +550,7 @@ class TradeSync:
             self.last, self.last_time = seq, timestamp
         elif all(self._hole_with(one) is not None for one in range(first, seq + 1)):
             for one in range(first, seq + 1):
-                self._fill(one)
+                self._fill(one, one)
             return True
         else:
             self._emit.counters["trade_duplicate"] += 1
