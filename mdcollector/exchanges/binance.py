@@ -225,7 +225,7 @@ class _Symbol(msgspec.Struct):
 
     def step(self, kind: str, name: str) -> float:
         """A number out of the filter of that kind; NaN when there is none."""
-        return next((getattr(f, name) for f in self.filters if f.filterType == kind), math.nan)
+        return next((getattr(f, name) for f in self.filters if f.filterType == kind), 0.0) or math.nan
 
 
 class _ExchangeInfo(msgspec.Struct):

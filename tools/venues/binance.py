@@ -8,7 +8,7 @@ body, and a decoder of a few lines for mdcompare. Never imports the connector.
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -120,7 +120,7 @@ class Binance(Venue):
     overdue_code = 1008
     compared = ("trades", "orderbook_l2", "bbo")
     api: str  # path of REST
-    suffixes: dict[str, str]  # feed -> its stream
+    suffixes: ClassVar[dict[str, str]]  # feed -> its stream
 
     def stream_of(self, raw: str) -> str | None:
         if raw.startswith('{"stream":"'):
@@ -257,7 +257,7 @@ class Binance(Venue):
 class BinanceSpot(Binance):
     exchange = "binance_spot"
     api = "/api/v3"
-    suffixes = {
+    suffixes: ClassVar[dict[str, str]] = {
         "trades": "trade", "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
     }  # fmt: skip
     hosts = ("stream.binance.com", "data-stream.binance.vision", "api.binance.com", "www.binance.com", "data-api.binance.vision")  # fmt: skip
@@ -299,7 +299,7 @@ class BinanceFutures(Binance):
 
     exchange = "binance_futures"
     api = "/fapi/v1"
-    suffixes = {
+    suffixes: ClassVar[dict[str, str]] = {
         "trades": "trade", "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
         "liquidations": "forceOrder",
     }  # fmt: skip
