@@ -352,15 +352,18 @@ class BinanceModel:
                 steps = {f["filterType"]: f for f in s.get("filters", [])}
                 tick, lot = steps.get("PRICE_FILTER", {}).get("tickSize"), steps.get("LOT_SIZE", {}).get("stepSize")
                 self.expected.instrument(
-                    s["symbol"], active=s["status"] == "TRADING", kind="spot", base=s["baseAsset"],
+                    s["symbol"], active=s["status"] == "TRADING", base=s["baseAsset"],
                     quote=s["quoteAsset"], status=s["status"], tick_size=tick and float(tick),
-                    qty_step=lot and float(lot), contract_size=1.0, listed_time=None, expiry_time=None,
+                    qty_step=lot and float(lot), contract_size=1.0, **self._contract(s),
                 )  # fmt: skip
         if not urlsplit(url).path.endswith("/depth"):
             return
         book = self._book(parse_qs(urlsplit(url).query)["symbol"][0])
         if book.state != "live":
             book.snapshot(answer["lastUpdateId"], _us(answer.get("T", 0)), answer["bids"], answer["asks"])
+
+    def _contract(self, _symbol: Json) -> Row:
+        return {"kind": "spot", "listed_time": None, "expiry_time": None}
 
 
 class BinanceFuturesModel(BinanceModel):
@@ -381,6 +384,14 @@ class BinanceFuturesModel(BinanceModel):
             return "next" if prev == local or bridges else "hole"
 
         return judge
+
+    def _contract(self, symbol: Json) -> Row:
+        ends = symbol["deliveryDate"] * 1000
+        return {
+            "kind": "future" if "QUARTER" in symbol["contractType"] else "perpetual",
+            "listed_time": symbol["onboardDate"] * 1000,
+            "expiry_time": ends if ends < 4_133_404_800_000_000 else None,
+        }
 
     def _depth(self, ticker: str, data: Json) -> None:
         self._book(ticker).delta(data["U"], data["u"], data["pu"], data["T"] * 1000, data["b"], data["a"])

@@ -218,3 +218,29 @@ def test_bans_stale_and_early_snapshots_a_crossed_book_and_a_wrong_clock(start: 
     agrees(fleet)
     flagged = {row["ticker"] for row in fleet.rows("orderbook_l2") if row["flags"] & 8}
     assert flagged == {hit}
+
+
+def test_a_frozen_path_is_given_up_though_rest_still_answers(start: Start) -> None:
+    """Open interest is polled all the while: it is no sign of life of the streams, and the hole begins before it."""
+    fleet = start(MARKET, stale_s=8.0)  # three instruments are polled every five seconds
+    (connection,) = fleet.sim.state()["connections"]
+    fleet.sim.fault("freeze", seconds=600, conn=connection["conn"])
+    fleet.wait_counter("stale")
+    fleet.wait_live()
+    fleet.wait_more("tickers", 5)
+    proof = agrees(fleet)
+    assert ("tickers", "reconnect") in proof.gaps
+    (frozen,) = (f["t"] for f in fleet.sim.ledger().faults if f["name"] == "freeze")
+    holes = [g for g in fleet.rows("gaps") if g["feed"] == "tickers" and g["from_time"] < frozen < g["to_time"]]
+    polled = [row["timestamp"] for row in fleet.rows("tickers") if row["open_interest"] == row["open_interest"]]
+    assert any(hole["from_time"] < t < hole["to_time"] for t in polled for hole in holes), "REST answered in the hole"
+
+
+def test_a_stream_that_is_acknowledged_and_never_comes_is_taken_anew(start: Start) -> None:
+    """F1. No trade from the begin on, while REST shows some: the stream is asked for again, then the connection."""
+    fleet = start(silent_s=1.0, sim=("--fault", "silence:stream=btcusdt@trade,at=0,seconds=9"))
+    assert fleet.counter("stream_silent") >= 1
+    assert fleet.counter("stream_recovered") == 1
+    assert "silent btcusdt@trade" not in fleet.stats()["notes"]
+    fleet.wait_more("trades", 40)
+    agrees(fleet)

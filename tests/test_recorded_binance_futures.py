@@ -40,6 +40,7 @@ from mdcollector.exchanges import Fetch, Options
 from mdcollector.exchanges.binance import BinanceFutures
 from mdcollector.normalize import Report, normalize
 from mdcollector.recording import Entry, RecordingWriter
+from mdcollector.records import ALWAYS_ON
 from mdcollector.ring import RingReader
 
 pytestmark = needs_data
@@ -48,7 +49,7 @@ FOLDER = DATA / "binance_futures"
 SAMPLE_TIME_NS = 1_796_083_200_000_000_000  # behind every sample, so that no time of theirs lies in the future
 # Recordings, and how many book messages have the id of a bookTicker frame.
 RUNS = {"multi_20210405": 216, "multi_20210722": 50, "btcusdt_demo_20260915_part1": 0, "markprice_20260930": 0}
-SMALL = dict.fromkeys((*BinanceFutures.FEEDS, "gaps"), 1 << 14)
+SMALL = dict.fromkeys((*BinanceFutures.FEEDS, *ALWAYS_ON), 1 << 14)
 # What becomes of every sample: rows of a feed | refused for a reason | control (a reply; no row belongs to it).
 SAMPLES = {
     "24hrticker_01.json": "tickers 1",
@@ -236,7 +237,7 @@ def test_a_long_recording_of_the_old_form(tmp_path: Path) -> None:
 
 
 def holes(lines: list[dict[str, Any]], out: set[int]) -> list[tuple[Any, ...]]:
-    """What the ledger must say of frames taken out: a book breaks once, a trade counter for each run of ids."""
+    """What the ledger must say of frames taken out, read from these frames alone: runs of ids per instrument."""
     found: dict[tuple[str, str], list[list[int]]] = {}
     for i in sorted(out):
         data = json.loads(lines[i]["raw"])["data"]
@@ -249,9 +250,7 @@ def holes(lines: list[dict[str, Any]], out: set[int]) -> list[tuple[Any, ...]]:
         else:
             runs.append([first, last])
     return sorted(
-        (feed, ticker, first, last, "sequence", False)
-        for (feed, ticker), runs in found.items()
-        for first, last in (runs if feed == "trades" else runs[:1])
+        (feed, ticker, first, last, "sequence", False) for (feed, ticker), runs in found.items() for first, last in runs
     )
 
 
