@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import json
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from test_sim_binance import ask, drained, get, socket, until, within
 
 from tools.sim.process import SimProcess
+from tools.venues import load_venue
 
 Row = dict[str, Any]
 VENUE = "binance_futures"
@@ -220,3 +223,24 @@ def test_the_dialogue_is_that_of_spot() -> None:
     with SimProcess(VENUE, *FAST) as sim:
         within(talk(sim))
         assert json.dumps(sim.state()["violations"]) == "{}"
+
+
+def test_a_recorder_of_all_feeds_hears_both_paths(tmp_path: Path) -> None:
+    """mdreplay record, whose own reading of the protocol also sends each stream to the path that delivers it."""
+    venue, feeds = load_venue(VENUE), ("trades", "orderbook_l2", "bbo", "tickers", "candles", "liquidations")
+    many = venue.streams_for([f"T{n}USDT" for n in range(100)], feeds)
+    assert [len(some) for some in venue.connections(many)] == [200, 100, 200, 100]
+    with SimProcess(VENUE, "--rate", "200", "--tickers", "BTCUSDT:1") as sim:
+        command = [
+            sys.executable, "-m", "tools.replay", "record", VENUE, "BTCUSDT", "--feeds", ",".join(feeds), "--seconds", "4",
+            "--out", str(tmp_path / "r.jsonl"), "--ws-url", sim.ws_url, "--rest-url", sim.rest_url,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert sim.state()["violations"] == {}
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    heard = {json.loads(line["raw"])["stream"].partition("@")[2] for line in lines if line["dir"] == "in"}
+    assert heard >= {"trade", "depth@100ms", "bookTicker", "ticker", "kline_1m", "forceOrder"}
+    assert {line["url"].partition("?")[0].removeprefix(sim.ws_url) for line in lines if line["dir"] == "open"} == {
+        "/public/stream", "/market/stream",
+    }  # fmt: skip

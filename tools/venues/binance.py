@@ -5,6 +5,7 @@ Found by name through `tools.venues`. Knows stream names, the SUBSCRIBE dialogue
 body, and a decoder of a few lines for mdcompare. Never imports the connector.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -330,8 +331,10 @@ class BinanceFutures(Binance):
         return self._session(rest, query, recorded, lambda stream: self._path(stream) == f"/{route}")
 
     def connections(self, streams: list[str]) -> list[list[str]]:
-        paths = dict.fromkeys(map(self._path, streams))
-        return [part for path in paths for part in super().connections([s for s in streams if self._path(s) == path])]
+        by_path: dict[str, list[str]] = {}
+        for stream in streams:
+            by_path.setdefault(self._path(stream), []).append(stream)
+        return list(itertools.chain.from_iterable(map(super().connections, by_path.values())))
 
     def fetches(self, tickers: list[str]) -> list[str]:
         return [f"{self.api}/exchangeInfo"]  # it takes no symbols
