@@ -511,7 +511,9 @@ class Connector:
                 self._publish()
 
     def _rows_now(self) -> int:
-        return sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
+        """Rows that the streams brought."""
+        published = sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
+        return published - self.emit.fetched_rows
 
     def _look_for_data(self) -> None:
         """Only rows count as data: heartbeats, replies and refused frames do not keep a connection."""
@@ -558,12 +560,9 @@ class Connector:
             self.emit.gap(feed, "*", from_time=from_us, to_time=time.time_ns() // 1000, cause=cause)
 
     def _last_unsequenced_us(self) -> dict[str, int]:
-        """Receive time of the last row of each feed without ids that has one."""
-        last: dict[str, int] = {}
-        for name, ring in self.emit.rings.items():
-            if name not in (*SEQUENCED, *ALWAYS_ON) and ring.next:
-                last[name] = int(ring.recent_rows(ring.next - 1)["rcv_timestamp"][-1])
-        return last
+        """Receive time of the last row of each feed without ids that has one from a stream."""
+        names = [name for name in self.emit.rings if name not in (*SEQUENCED, *ALWAYS_ON)]
+        return {name: us for name in names if (us := self.emit.newest_us(name))}
 
     def _publish(self) -> None:
         emit, venue = self.emit, self.venue

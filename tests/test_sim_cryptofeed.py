@@ -120,6 +120,28 @@ def test_binance_trades_and_books_equal_the_ledger(python: Path, certificates: d
         assert check_books(books, ledger, ticker, "depth@100ms") > 20
 
 
+def test_binance_futures_books_equal_the_ledger_and_no_trade_comes(
+    python: Path, certificates: dict[str, str], tmp_path: Path
+) -> None:
+    """The library connects without a route, as all did before 2026-04-23: books come there. Its trades are `aggTrade`,
+    which only /market carries, so its subscription is acknowledged and stays silent (F1), as on the venue itself.
+    """
+    tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
+    market = ("--rate", "150", "--tickers", "BTCUSDT:1,ETHUSDT:0.5")
+    with SimProcess("binance_futures", *market, *tls, ledger=tmp_path / "l") as sim:
+        symbols = ["BTC-USDT-PERP", "ETH-USDT-PERP"]
+        names, rows = received(python, "BINANCE_FUTURES", sim, symbols, certificates["ca"], tmp_path)
+        sim.stop()
+    ledger = sim.ledger()
+    assert names == {"BTC-USDT-PERP": "BTCUSDT", "ETH-USDT-PERP": "ETHUSDT"}
+    for symbol, ticker in names.items():
+        mine = [row for row in rows if row["symbol"] == symbol]
+        assert {row["kind"] for row in mine} == {"book"}
+        assert check_books(mine, ledger, ticker, "depth@100ms") > 20
+        assert ledger.aggtrades(ticker)
+    assert [c["path"].partition("?")[0] for c in ledger.connections if c["event"] == "open"] == ["/stream"]
+
+
 def test_deribit_trades_and_books_equal_the_ledger(python: Path, certificates: dict[str, str], tmp_path: Path) -> None:
     tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
     market = ("--rate", "150", "--tickers", "BTC-PERPETUAL:1,ETH-PERPETUAL:0.5", "--credential", "someone:secret")

@@ -2,7 +2,7 @@
 
 Run by `test_sim_cryptofeed.py` in an environment of its own that has cryptofeed and nothing of this project:
 
-    python thirdparty_cryptofeed.py BINANCE|DERIBIT WS_URL REST_URL SECONDS SYMBOL...
+    python thirdparty_cryptofeed.py BINANCE|BINANCE_FUTURES|DERIBIT WS_URL REST_URL SECONDS SYMBOL...
 
 Only the addresses (class attributes that the library has for this purpose), the TLS context and the credentials are set.
 """
@@ -15,9 +15,9 @@ import sys
 from cryptofeed import FeedHandler
 from cryptofeed.connection import RestEndpoint, WebsocketEndpoint
 from cryptofeed.defines import L2_BOOK, TRADES
-from cryptofeed.exchanges import Binance, Deribit
+from cryptofeed.exchanges import Binance, BinanceFutures, Deribit
 
-FEEDS = {"BINANCE": (Binance, ""), "DERIBIT": (Deribit, "/ws/api/v2")}
+FEEDS = {"BINANCE": (Binance, ""), "BINANCE_FUTURES": (BinanceFutures, ""), "DERIBIT": (Deribit, "/ws/api/v2")}
 
 
 def tell(**row):
