@@ -67,10 +67,11 @@ class Subscriptions:
             self._probe(min(due, key=lambda one: one[0])[1], now)
 
     def _note_data(self, stream: Stream, state: StreamState, data_ns: int) -> None:
+        if data_ns > state.suspected_at_ns:  # it brought something after all
+            state.suspect_ns = 0
         if data_ns > state.requested_ns:
             if state.first_data_ns < state.requested_ns:
                 state.first_data_ns, state.asked = data_ns, 0
-            state.suspect_ns = 0
             if state.silent_ns:
                 state.silent_ns = state.quiet = 0
                 self._emit.counters["stream_recovered"] += 1
@@ -139,7 +140,8 @@ class Subscriptions:
         self._probing, now = "", time.time_ns()
         since_ns = max(self._emit.last_row_ns(stream.feed, stream.ticker), state.requested_ns)
         if newest_us and (newest_us - _ahead_us(self._emit)) * 1000 > since_ns + self._newer_ns:
-            state.suspect_ns = now + self._newer_ns  # what is that young may still be on its way
+            # What is that young may still be on its way.
+            state.suspected_at_ns, state.suspect_ns = now, now + self._newer_ns
         else:
             state.quiet += 1
             state.probe_ns = now + self._wait_ns(state)

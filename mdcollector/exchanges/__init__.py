@@ -138,7 +138,8 @@ class StreamState(msgspec.Struct):
     asked: int = 0  # requests without an acknowledgement
     probe_ns: int = 0  # it is not checked over REST before
     quiet: int = 0  # checks in a row that changed nothing
-    suspect_ns: int = 0  # REST shows more than it brought; it is silent if it has not brought that by then
+    suspected_at_ns: int = 0  # REST showed more than it brought
+    suspect_ns: int = 0  # it is silent if it has not brought more by then; 0 = not suspected
     hole_us: int = 0  # last data before a hole that is not told to its end; 0 = none
     hole_cause: str = ""
     hole_told: bool = False
