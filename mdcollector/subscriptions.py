@@ -79,7 +79,7 @@ class Subscriptions:
         if state.hole_us and not state.hole_told:
             state.hole_told = True
             self._tell_hole(stream, state)
-        elif state.hole_us and state.is_acknowledged:
+        elif state.hole_us and state.is_acknowledged and not state.silent_ns:
             self._tell_hole(stream, state)
             state.hole_us, state.hole_told = 0, False
             sync = self._venue.trade_syncs.get(stream.ticker)
@@ -87,7 +87,10 @@ class Subscriptions:
                 sync.want_tail()
 
     def _tell_hole(self, stream: Stream, state: StreamState) -> None:
-        """Twice: at once, so that even a crash leaves no silent hole, and when the stream is acknowledged again."""
+        """At once, so that even a crash leaves no silent hole; again while it lasts; and when it ends.
+
+        A hole of silence ends with the first data, any other one when the stream is acknowledged.
+        """
         now = time.time_ns()
         self._emit.packet(now, self._emit.clock())
         for feed in (stream.feed, *stream.also):
@@ -108,6 +111,13 @@ class Subscriptions:
             venue.wants.append(Reconnect(f"{len(names)} streams not acknowledged, {names[0]} among them", overlap=True))
         else:
             venue.subscribe(names)
+
+    def finish(self) -> None:
+        """The connector ends: holes that are open now end here."""
+        for stream in self._venue.streams:
+            state = self._venue.proof.get(stream.name)
+            if state is not None and state.hole_us:
+                self._tell_hole(stream, state)
 
     # Silence
 
@@ -169,6 +179,7 @@ class Subscriptions:
         state.quiet += again
         state.probe_ns = now + self._wait_ns(state)
         if again:
+            state.hole_told = False
             venue.wants.append(Reconnect(f"{stream.name} is silent", overlap=True))
             return
         state.silent_ns = data_ns or state.requested_ns

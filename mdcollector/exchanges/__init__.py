@@ -162,6 +162,7 @@ class Venue(ABC):
     REST_FALLBACKS: ClassVar[tuple[str, ...]] = ()  # hosts that are asked in turn when one does not answer
     LIMITS: ClassVar[Limits]
     INTERVALS: ClassVar[tuple[str, ...]] = ()  # of candles
+    BOOK_DEPTH_MAX: ClassVar[int] = 5000  # levels of a snapshot that may be asked for; 0 = a book always comes whole
     TRADE_CHANNELS: ClassVar[tuple[str, ...]] = ()  # where the configuration may choose, the default first
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
     PREFIX: ClassVar[bytes] = b""  # how a frame of a stream begins, up to what tells the stream
@@ -229,6 +230,9 @@ class Venue(ABC):
             for stream in cls.streams_of(ticker, feeds, options):
                 by_path.setdefault(stream.path, []).append(stream)
             for path, streams in by_path.items():
+                if not cls.fits([], streams):
+                    names = ", ".join(stream.name for stream in streams[:NAMES_SHOWN_MAX])
+                    raise ConfigError(f"{ticker}: {len(streams)} streams are more than a connection carries: {names}")
                 if path not in filling or not cls.fits(filling[path], streams):
                     connections.append([])
                     filling[path] = connections[-1]

@@ -251,6 +251,11 @@ class BinanceSpot(Venue):
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
         return [_info(s) for s in decode_body(_decode_exchange_info, body).symbols]
 
+    @classmethod
+    def snapshot_weight(cls, options: Options) -> int:
+        limit = options.book_depth or SNAPSHOT_LEVELS_DEFAULT
+        return next(weight for most, weight in SNAPSHOT_WEIGHTS if limit <= most)
+
     # Connection
 
     def ws_path(self) -> str:
@@ -407,8 +412,7 @@ class BinanceSpot(Venue):
     def want_snapshot(self, book: BookSync) -> None:
         """Local book, step 2."""
         limit = self.options.book_depth or SNAPSHOT_LEVELS_DEFAULT
-        weight = next(weight for most, weight in SNAPSHOT_WEIGHTS if limit <= most)
-        ticker = book.instrument.ticker
+        weight, ticker = self.snapshot_weight(self.options), book.instrument.ticker
         self.wants.append(Fetch(f"depth {ticker}", f"/api/v3/depth?symbol={quote(ticker)}&limit={limit}", weight))
 
     def want_repair(self, ticker: str, first: int, last: int) -> None:
