@@ -606,6 +606,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
     from rich.table import Table
 
     from mdcollector.health import streams_unwell
+    from mdcollector.records import ALWAYS_ON
 
     console = _console()
     table = Table(
@@ -613,7 +614,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
         title="connectors",
     )  # fmt: skip
     for name, c in found["connectors"].items():
-        rows = sum(ring["published"] for feed, ring in c["rings"].items() if feed != "gaps")
+        rows = sum(ring["published"] for feed, ring in c["rings"].items() if feed not in ALWAYS_ON)
         refused = sum(n for k, n in c["counters"].items() if k.startswith("refused_"))
         latency = f"{c['publish_ns']['p50'] / 1000:.1f} / {c['publish_ns']['p99'] / 1000:.1f} us"
         books = f"{c['books'] - c['books_invalid_count']} of {c['books']} live"

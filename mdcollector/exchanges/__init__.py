@@ -181,7 +181,7 @@ class Venue(ABC):
         self.path = streams[0].path if streams else ""
         self.proof = {stream.name: StreamState() for stream in streams}
         self._tickers = {stream.name: stream.ticker for stream in streams}
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         self._routes: dict[bytes, Decode] = {}
         self.decode = self._router()
         self.wants: deque[Want] = deque()
@@ -264,16 +264,18 @@ class Venue(ABC):
 
     def add(self, streams: Sequence[Stream], *, connected: bool) -> None:
         """Take these streams, too; asked for at once on an open connection, else with all others."""
-        now_ns = time.time_ns()
+        now_ns, known = time.time_ns(), self.proof.keys()
+        fresh = list({stream.name: stream for stream in streams if stream.name not in known}.values())
         self.streams += streams
-        for stream in streams:
+        for stream in fresh:  # others were subscribed for another instrument that they serve as well
             before_us = self.emit.last_rcv_us(stream.feed, stream.ticker)  # of an earlier listing, or an earlier life
             self.proof[stream.name] = StreamState(requested_ns=now_ns, hole_us=before_us, hole_cause="listing")
         self._tickers |= {stream.name: stream.ticker for stream in streams}
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         self._routes.clear()  # they may lead to the book of an earlier listing
-        if connected:
-            self.subscribe([stream.name for stream in streams])
+        self._streams_changed((), ())
+        if connected and fresh:
+            self.subscribe([stream.name for stream in fresh])
         self.resume()
         for ticker in {stream.ticker for stream in streams} & self.trade_syncs.keys():
             if connected and self.trade_syncs[ticker].unproven:
@@ -281,13 +283,15 @@ class Venue(ABC):
 
     def remove(self, tickers: Collection[str], *, connected: bool) -> None:
         """Leave all streams of these instruments, drop their books and counters; where they stood is remembered."""
-        names = [stream.name for stream in self.streams if stream.ticker in tickers]
-        self.streams = [stream for stream in self.streams if stream.ticker not in tickers]
+        kept = [stream for stream in self.streams if stream.ticker not in tickers]
+        shared = {stream.name for stream in kept}
+        names = list(dict.fromkeys(s.name for s in self.streams if s.ticker in tickers and s.name not in shared))
+        self.streams = kept
         for name in names:
-            del self._tickers[name]
+            self._tickers.pop(name, None)
             self.proof.pop(name, None)
             self.notes.pop(f"refused {name}", None)
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         for ticker in tickers:
             if (book := self.books.pop(ticker, None)) is not None:
                 for _ in book.flush():
@@ -295,8 +299,12 @@ class Venue(ABC):
                 self._books_left[ticker] = book.last_id
             if (sync := self.trade_syncs.pop(ticker, None)) is not None:
                 self._trades_left[ticker] = sync.last, []
+        self._streams_changed(names, tickers)
         if connected and names:
             self.unsubscribe(names)
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:  # noqa: B027 (few need it)
+        """`streams` has changed: drop what the venue itself keeps of streams that were left, of instruments gone."""
 
     def _router(self) -> Decode:
         """`decode`: translate one text message. FrameError or msgspec.DecodeError when it is unusable.
