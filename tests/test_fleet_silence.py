@@ -19,6 +19,7 @@ from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
 from mdcollector.exchanges import Fetch, Options, Reconnect, Stream
 from mdcollector.exchanges.binance import BinanceSpot
+from mdcollector.exchanges.deribit import Deribit
 from mdcollector.records import Exchange
 from mdcollector.subscriptions import Subscriptions
 from tools.sim.process import SimProcess
@@ -253,6 +254,21 @@ def test_an_answer_that_makes_no_sense_is_refused_and_one_that_is_refused_is_cou
     assert one.emit.counters["probe_refused"] == 1
     assert "unknown symbol" in one.emit.samples["probe_refused"]
     assert one.emit.counters["stream_silent"] == 0
+
+
+def test_a_block_trade_on_deribit_proves_no_silence_of_the_best_prices(tmp_path: Path) -> None:
+    emit = Emit(tmp_path, "c", Exchange.DERIBIT, ["trades"], semaphore=False)
+    streams = {feed: Stream(feed, feed, "AB") for feed in ("trades", "bbo", "orderbook_l2", "candles")}
+    venue = Deribit(emit, Options(), list(streams.values()))
+    trades = [{"timestamp": 5000, "block_trade_id": "B-1", "price": 1.0}, {"timestamp": 3000}, {"timestamp": 2000}]
+    body = json.dumps({"result": {"trades": trades, "has_more": True}}).encode()
+    assert [venue.newest_us(streams[feed], body) for feed in ("trades", "bbo", "candles")] == [
+        5_000_000, 3_000_000, 3_000_000,
+    ]  # fmt: skip
+    assert venue.newest_us(streams["bbo"], b'{"result":{"trades":[]}}') == 0
+    assert venue.newest_us(streams["orderbook_l2"], b'{"result":{"timestamp":7,"bids":[]}}') == 7000
+    assert "get_order_book?instrument_name=AB" in venue.probe(streams["orderbook_l2"]).path
+    emit.close()
 
 
 # Budgets that the connectors of one family share
