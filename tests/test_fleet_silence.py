@@ -93,7 +93,7 @@ def test_a_quiet_instrument_is_left_alone(exchange: str, start: Start) -> None:
     busy, quiet = TICKERS[exchange]
     fleet = start(exchange, sim_tickers=f"{busy}:1,{quiet}:0.00001")
     fleet.connector = fleet.connect()
-    until(lambda: fleet.counter("probes") >= 3, lambda: f"silent streams are checked; {fleet.brief()}")
+    until(lambda: fleet.counter("probes") >= 5, lambda: f"silent streams are checked; {fleet.brief()}")
     assert fleet.stats()["streams"]
     assert fleet.counter("stream_silent") == fleet.counter("stream_unacknowledged") == 0
     assert fleet.counter("connections") == 1
@@ -266,7 +266,12 @@ def test_a_block_trade_on_deribit_proves_no_silence_of_the_best_prices(tmp_path:
         5_000_000, 3_000_000, 3_000_000,
     ]  # fmt: skip
     assert venue.newest_us(streams["bbo"], b'{"result":{"trades":[]}}') == 0
-    assert venue.newest_us(streams["orderbook_l2"], b'{"result":{"timestamp":7,"bids":[]}}') == 7000
+    body = b'{"result":{"timestamp":7,"change_id":9,"bids":[]}}'
+    assert venue.newest_us(streams["orderbook_l2"], body) == 7000
+    book = venue.book("AB", lambda *_: "next")
+    assert venue.newest_us(streams["orderbook_l2"], body) == 7000, "the book knows nothing"
+    book.last_id = 9
+    assert venue.newest_us(streams["orderbook_l2"], body) == 0, "the book has that change"
     assert "get_order_book?instrument_name=AB" in venue.probe(streams["orderbook_l2"]).path
     emit.close()
 

@@ -198,6 +198,7 @@ class _BookResult(msgspec.Struct):
     """public/get_order_book, what a probe needs of it."""
 
     timestamp: TimeMs
+    change_id: Id
 
 
 class _BookReply(msgspec.Struct):
@@ -529,7 +530,7 @@ class Deribit(Venue):
     # Whether an acknowledged stream delivers
 
     def probe(self, stream: Stream) -> Fetch:
-        """The book, whose time is that of its last change, for the book; a trade for all others: it changes them too."""
+        """The book for the book; trades for all others, which they change, too."""
         query = {"instrument_name": stream.ticker}
         if stream.feed == "orderbook_l2":
             return Fetch(stream.name, f"/api/v2/public/get_order_book?{urlencode(query)}&depth=1", 1)
@@ -538,7 +539,8 @@ class Deribit(Venue):
 
     def newest_us(self, stream: Stream, body: bytes) -> int:
         if stream.feed == "orderbook_l2":
-            return decode_body(_decode_book_reply, body).result.timestamp * 1000
+            now, book = decode_body(_decode_book_reply, body).result, self.books.get(stream.ticker)
+            return 0 if book is not None and now.change_id <= book.last_id else now.timestamp * 1000
         trades = decode_body(_decode_newest, body).result.trades
         if stream.feed != "trades":  # block trades pass by the book, the best prices and the candles
             trades = [trade for trade in trades if trade.block_trade_id is None]
