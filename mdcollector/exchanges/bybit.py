@@ -766,9 +766,7 @@ class Bybit(Venue):
             self.admit(ticker)
             rows, trades = _rest_rows(ticker, body), self.trades_by_id(ticker)
             trades.recent(rows, trades.doubts)
-        elif endpoint == "instruments-info":
-            self.take_instruments(url, body)
-        elif endpoint != "time":
+        elif endpoint not in ("instruments-info", "time"):
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:

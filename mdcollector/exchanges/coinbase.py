@@ -722,7 +722,6 @@ class Coinbase(Venue):
     def http(self, url: str, body: bytes) -> None:
         if not urlsplit(url).path.endswith("/market/products"):
             raise FrameError("unhandled_url", url)
-        self.take_instruments(url, body)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
         self.emit.counters["trade_repair_refused"] += 1

@@ -667,9 +667,7 @@ class CoinbaseExchange(Venue):
             trades = [_trade_row(t) for t in decode_body(_decode_trades, body)]
             after, limit = (_whole(query[name][0]) for name in ("after", "limit"))
             self.trade_sync(ticker).repaired(after - limit, trades)
-        elif path[-1] == "products":
-            self.take_instruments(url, body)
-        elif path[-1] != "time":
+        elif path[-1] not in ("products", "time"):
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
