@@ -116,9 +116,7 @@ class Connector:
         """`planned`: the tickers of all connections of this connector; `takes_new`: new ones belong to this one."""
         kind = venue_class(settings.exchange)
         self.name, self.settings = name, settings
-        brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
-        feeds = [feed for feed in settings.feeds if feed in brought]
-        self.emit = Emit(rings, name, kind.EXCHANGE, feeds, capacities=settings.capacity)
+        self.emit = Emit(rings, name, kind.EXCHANGE, feeds_of(settings, streams), capacities=settings.capacity)
         logs.identify(name, self.emit.epoch)
         options = venue_options(settings, kind)
         self.venue = kind(self.emit, options, streams)
@@ -422,6 +420,7 @@ class Connector:
     async def _shut_down(self) -> None:
         """Say goodbye to the venue, publish what is held, close the rings."""
         self._state = "stopped"
+        self._subscriptions.finish()
         if self._leg is not None or self._answering:
             self._tell_holes()
         if self._leg is not None and not self._leg.closed.is_set():
@@ -611,6 +610,12 @@ def rest_hosts(settings: ConnectorConfig, kind: type[Venue]) -> list[str]:
     return [kind.REST_URL, *(settings.rest_fallbacks or kind.REST_FALLBACKS)]
 
 
+def feeds_of(settings: ConnectorConfig, streams: Sequence[Stream]) -> list[str]:
+    """Feeds of which these streams bring rows."""
+    brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
+    return [feed for feed in settings.feeds if feed in brought]
+
+
 def selection(settings: ConnectorConfig) -> Selection:
     """Which instruments a connector's configuration means."""
     return Selection(*(tuple(getattr(settings, name)) for name in ("tickers", "kinds", "bases", "quotes")))
@@ -629,6 +634,10 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
     if settings.trade_channel and settings.trade_channel not in kind.TRADE_CHANNELS:
         choice = ", ".join(kind.TRADE_CHANNELS) or "none to choose"
         raise ConfigError(f"trade_channel: {settings.trade_channel!r} not offered by {kind.NAME}; it has {choice}")
+    if settings.book_depth > kind.BOOK_DEPTH_MAX:
+        most = kind.BOOK_DEPTH_MAX
+        allowed = f"0 to {most}" if most else "0: its books always come whole"
+        raise ConfigError(f"book_depth: {settings.book_depth} not offered by {kind.NAME}; allowed is {allowed}")
     return Options(
         ws_url=settings.ws_url,
         rest_url=settings.rest_url,

@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -328,6 +328,14 @@ class Coinbase(Venue):
         self._candles_from_us: dict[str, int] = {}  # product whose candles wait for a snapshot -> since when
         self._again: dict[str, int] = {}  # stream that is to be subscribed anew -> when that was done (0 = not yet)
         self._again_ns = 0
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        for name in left:
+            self._again.pop(name, None)
+        for ticker in gone:
+            self._book_takers.pop(ticker, None)
+            self._candles.pop(ticker, None)
+            self._candles_from_us.pop(ticker, None)
 
     # Planning
 

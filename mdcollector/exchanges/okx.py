@@ -14,7 +14,7 @@ import hmac
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from heapq import nlargest, nsmallest
 from itertools import chain, zip_longest
 from typing import Annotated, Any
@@ -375,6 +375,11 @@ class Okx(Venue):
         self._texts: dict[str, TextBook] = {}
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        self._name_sharing()
+        for ticker in gone:
+            self._texts.pop(ticker, None)
 
     def _name_sharing(self) -> None:
         self._sharing = {}
@@ -866,7 +871,9 @@ class Okx(Venue):
                 if t.tradeId >= first
             ]
             sync.repaired(first, rows)
-        elif endpoint not in ("instruments", "time"):
+        elif endpoint == "instruments":
+            self.take_instruments(url, body)
+        elif endpoint != "time":
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
