@@ -22,7 +22,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 from zlib import crc32
 
 import msgspec
-import numpy as np
 
 from mdcollector.continuity import HOLE, LIVE, NEXT, OLD, BookSync, TradeRow, TradeSync
 from mdcollector.emit import Emit, Instrument
@@ -360,9 +359,12 @@ class Okx(Venue):
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        for ticker, left in _merged_left(emit).items():
+        # Rows of merged trades have no counter, yet their ids are one.
+        for ticker, (ids, _) in self._trade_ids_left.items():
+            left = max((int(text) for text in ids if text.isdigit()), default=-1)
             if left > self._trades_left.get(ticker, (-1, []))[0]:
                 self._trades_left[ticker] = left, []
+        self._trade_ids_left.clear()
         self._sharing: dict[str, list[str]] = {}  # stream -> instruments that it serves
         self._name_sharing()
         self._pending: dict[str, _Request] = {}
@@ -373,6 +375,7 @@ class Okx(Venue):
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._texts: dict[str, TextBook] = {}
+        self._newest: dict[str, int] = {}  # ticker -> time of the newest book message without seqId
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
 
@@ -693,30 +696,40 @@ class Okx(Venue):
                 return
             event, action = decoded.data[0], decoded.action
             timestamp, seq, prev = event.ts * 1000, event.seqId, event.prevSeqId
-            if seq is None:  # 2021-2022: the time tells the order, the checksum what is missing
-                if not event.checksum or (book.state is LIVE and action == "update" and ticker not in self._texts):
-                    raise FrameError("no_sequence", f"{ticker}: neither seqId nor a checksum that can be tested")
-                seq = event.ts
-                prev = book.last_id if seq > book.last_id else -1
+            if seq is None:
+                seq, prev = self._by_time(book, event, action)
             if action == "update":
-                if event.checksum:
-                    self._prove(book, frame, seq, prev, event.checksum)
-                elif prev != book.last_id and seq <= book.last_id and timestamp > book.last_time > 0:
+                if prev != book.last_id and seq <= book.last_id and timestamp > book.last_time > 0:
                     book.distrust("ids_reset")  # the message that began to count anew was missed
                 elif seq <= prev == book.last_id:
                     counters["book_keep_alive" if seq == prev else "book_sequence_reset"] += 1
+                if event.checksum:
+                    self._prove(book, frame, seq, prev, event.checksum)
                 book.delta(seq, seq, prev, timestamp, pairs(event.bids), pairs(event.asks))
-                texts = self._texts.get(ticker) if event.checksum else None
-                if texts is not None and texts.last_id != book.last_id:
-                    del self._texts[
-                        ticker
-                    ]  # messages were joined without their text: nothing to check until a snapshot
-            elif action != "snapshot":
-                raise FrameError("unknown_book_action", action)
-            else:
+                if event.checksum:
+                    self._note_checked(book, event)
+            elif action == "snapshot":
                 self._on_snapshot(book, frame, event, seq)
+            else:
+                raise FrameError("unknown_book_action", action)
 
         return on_book
+
+    def _by_time(self, book: BookSync, event: Book, action: str) -> tuple[int, int]:
+        """Id and predecessor of a message of 2021-2022: its time tells the order, its checksum what is missing."""
+        ticker = book.instrument.ticker
+        if not event.checksum or (book.state is LIVE and action == "update" and ticker not in self._texts):
+            raise FrameError("no_sequence", f"{ticker}: neither seqId nor a checksum that can be tested")
+        newest = self._newest.get(ticker, -1)
+        return event.ts, newest if event.ts > newest else -1
+
+    def _note_checked(self, book: BookSync, event: Book) -> None:
+        """An update with a checksum was taken or held."""
+        ticker = book.instrument.ticker
+        if event.seqId is None:
+            self._newest[ticker] = max(self._newest.get(ticker, -1), event.ts)
+        if (texts := self._texts.get(ticker)) is not None and texts.last_id != book.last_id:
+            del self._texts[ticker]  # messages were joined without their text: nothing to test until a snapshot
 
     def _on_snapshot(self, book: BookSync, frame: bytes, event: Book, seq: int) -> None:
         """Take a whole book, unless the live one has it already: from another connection, which began earlier."""
@@ -736,6 +749,8 @@ class Okx(Venue):
         self._texts.pop(ticker, None)
         if texts is not None:
             self._texts[ticker] = texts
+        if event.seqId is None:
+            self._newest[ticker] = seq
 
     def _prove(self, book: BookSync, frame: bytes, seq: int, prev: int, checksum: int) -> None:
         """Before an update is applied: the book that it makes must have the venue's checksum, else it is taken anew."""
@@ -905,18 +920,6 @@ def _data_of(body: bytes) -> msgspec.Raw:
     if answer.code != "0" or not len(answer.data):
         raise FrameError("venue_error", f"{answer.code} {answer.msg}")
     return answer.data
-
-
-def _merged_left(emit: Emit) -> dict[str, int]:
-    """Last trade id of each instrument that an earlier life of this connector left on a channel that merges trades."""
-    ring, left = emit.rings.get("trades"), dict[str, int]()
-    if ring is None or not ring.next:
-        return left
-    codes, counters, ids = ring.recent_columns("ticker", "trade_seq", "trade_id")
-    for code in np.unique(codes[counters < 0]):
-        mine = ids[(codes == code) & (counters < 0)]
-        left[ring.tickers[code]] = max((int(text) for text in mine.tolist() if text.isdigit()), default=-1)
-    return left
 
 
 def _chunks(names: list[str]) -> list[list[str]]:
