@@ -663,10 +663,13 @@ class Okx(Venue):
             trades = _decode_trades(frame).data
             if len(trades) == 1:
                 t = trades[0]
-                side, seq, count = side_of(t.side), t.tradeId, t.count
-                if side and count is not None and seq - count == sync.last and sync.merged:
+                side, seq, count, merged = side_of(t.side), t.tradeId, t.count, sync.merged
+                if side and seq - (count or 1) == sync.last and (merged or count is None):  # the common case
                     timestamp = t.ts * 1000
-                    emit_trade(instrument, timestamp, side, t.px, t.sz, -1, trade_id=b"%d" % seq)
+                    if merged:
+                        emit_trade(instrument, timestamp, side, t.px, t.sz, -1, trade_id=b"%d" % seq)
+                    else:
+                        emit_trade(instrument, timestamp, side, t.px, t.sz, seq)
                     sync.last, sync.last_time = seq, timestamp
                     return
             elif not trades:
