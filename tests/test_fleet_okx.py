@@ -3,6 +3,7 @@
 Real processes against the simulated venue; each test ends with the proof against its ledger.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -15,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import ALL_FEEDS, Fleet, until
+import tomli_w
+from fleet import ALL_FEEDS, WITHIN_S, Fleet, until
+from recorded import DATA, entries, needs_data, run
+from test_recorded_okx import OkxModel
 
+from mdcollector.errors import RingError
+from mdcollector.ring import RingReader
+from mdcollector.stats import read_stats
 from tools.proof import prove
 
 KEY = {"api_key": "reader-1", "secret": "S3cr3t-of-the-tests", "passphrase": "Open-sesame"}
@@ -359,3 +366,71 @@ def test_repaired_trades_are_single_ones(start: Start) -> None:
     assert proof.feeds["trades"].explained == 0
     rows = [row for row in fleet.rows("trades") if row["flags"] & REPAIRED]
     assert len(rows) == proof.feeds["trades"].repaired >= 36
+
+
+# The tools
+
+
+@needs_data
+def test_a_connector_on_a_recording_has_what_was_recorded(tmp_path: Path) -> None:
+    """`mdreplay serve` plays the run of 2026 over a socket: every frame is in the rings, in its order."""
+    recording = DATA / "okx" / "recorded" / "btcusdtswap_20260926_part1.jsonl.zst"
+    feeds = ("trades", "orderbook_l2", "bbo")
+    command = [sys.executable, "-m", "tools.replay", "serve", str(recording), "--speed", "max", "--exit"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = json.loads(server.stdout.readline())
+        fleet = {
+            "rings": str(tmp_path / "rings"),
+            "connectors": {
+                "conn": {"exchange": "okx", "tickers": ["BTC-USDT-SWAP"], "feeds": list(feeds), "ws_url": ready["ws_url"],
+                         "rest_url": ready["rest_url"]},
+            },
+        }  # fmt: skip
+        (tmp_path / "fleet.toml").write_text(tomli_w.dumps(fleet))
+        connector = subprocess.Popen(
+            [sys.executable, "-m", "mdcollector", "connect", "conn", "-c", str(tmp_path / "fleet.toml")]
+        )
+        try:
+            out, _ = server.communicate(timeout=WITHIN_S)
+            until(lambda: disconnects(tmp_path / "rings") > 0, "the end of the recording was noticed")
+        finally:
+            connector.send_signal(signal.SIGTERM)
+            connector.wait(WITHIN_S)
+    assert json.loads(out)["unclaimed"] == 0
+    assert connector.returncode == 0
+    model = run(OkxModel(), entries(recording)).expected
+    for feed in feeds:
+        with RingReader(tmp_path / "rings" / "conn", feed) as ring:
+            ring.seek("oldest")
+            rows = ring.read(ring.capacity)
+        names = [name for name in rows.dtype.names if name in ("timestamp", "side", "price", "qty", "update_id", "bid_price",
+                 "bid_qty", "ask_price", "ask_qty", "trade_id")]  # fmt: skip
+        found = [tuple(v.decode() if isinstance(v, bytes) else v for v in row) for row in rows[names].tolist()]
+        assert found == [tuple(row[name] for name in names) for row in model.rows[feed]]
+        assert len(found) > 5
+
+
+def disconnects(rings: Path) -> int:
+    try:
+        return int(read_stats(rings / "conn" / "stats").get("counters", {}).get("disconnected", 0))
+    except RingError:
+        return 0
+
+
+def test_the_comparator_finds_nothing_but_what_was_lost(start: Start, tmp_path: Path) -> None:
+    """mdcompare reads the venue by its own few lines beside the connector: merged trades, books and best prices agree."""
+    fleet = start(feeds=("trades", "orderbook_l2", "bbo"))
+    command = [sys.executable, "-m", "tools.compare", "okx", *fleet.tickers, "--rings", str(fleet.rings), "--out",
+               str(tmp_path / "out"), "--ws-url", fleet.sim.ws_url, "--rest-url", fleet.sim.rest_url, "--edge", "1",
+               "--json"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        fleet.sim.wait_state(lambda state: len(state["connections"]) == 2, 30)
+        fleet.wait_more("trades", 60)
+        fleet.wait_more("bbo", 60)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=WITHIN_S)
+    summary = json.loads(out)
+    assert process.returncode == 0, summary
+    assert summary["compared"] > 100
+    agrees(fleet)
