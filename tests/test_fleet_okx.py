@@ -30,7 +30,6 @@ KEY = {"api_key": "reader-1", "secret": "S3cr3t-of-the-tests", "passphrase": "Op
 ENV = {f"MDCOLLECTOR_OKX_{name.upper()}": value for name, value in KEY.items()}
 ACCEPTED = ("--credential", f"{KEY['api_key']}:{KEY['secret']}/{KEY['passphrase']}")
 TBT = "books-l2-tbt"
-REPAIRED = 16
 
 Start = Callable[..., Fleet]
 
@@ -231,7 +230,6 @@ def test_logged_in_over_a_rollover(start: Start) -> None:
     [
         ({}, "tier_ok=0", "64003"),
         ({"MDCOLLECTOR_OKX_SECRET": "another-S3cr3t"}, "tier_ok=1", "60007"),
-        ({"MDCOLLECTOR_OKX_PASSPHRASE": "another-S3cr3t"}, "tier_ok=1", "60024"),
     ],
 )
 def test_a_refused_login_or_tier_is_said_and_the_public_books_are_recorded(
@@ -354,18 +352,6 @@ def test_liquidations_of_the_wanted_instruments_only(make: Start) -> None:
     ]  # fmt: skip
     assert rows == truth[-len(rows) :]
     assert len(set(Counter(row[1] for row in rows))) == 2
-
-
-def test_repaired_trades_are_single_ones(start: Start) -> None:
-    """What is fetched for a merged trade that was lost comes one by one, each flagged, and adds up to the same."""
-    fleet = start(feeds=("trades",), rate=150)
-    fleet.sim.fault("gap", stream="trades:", n=6, every=0.5, count=6)
-    fleet.wait_counter("gap_trades_filled_repaired", 6)
-    agrees(fleet)
-    proof = fleet.prove()
-    assert proof.feeds["trades"].explained == 0
-    rows = [row for row in fleet.rows("trades") if row["flags"] & REPAIRED]
-    assert len(rows) == proof.feeds["trades"].repaired >= 36
 
 
 # The tools

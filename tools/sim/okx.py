@@ -75,6 +75,7 @@ class _Name:
         self.waiting = {channel: _Waiting(book.engine_id) for channel in BOOK_EVERY_US}
         self.ticker_dirty = self.chart_dirty = False
         self.marked: dict[str, str] = {}  # channel -> what it told last
+        self.told_us: dict[str, int] = {}  # channel -> when; for answers that say how old they are
         self.last_price = book.instrument.start
         self.fills = 0
 
@@ -406,7 +407,7 @@ class Okx(Venue):
         for name in self.names.values():
             if name.ticker_dirty:
                 name.ticker_dirty = False
-                words = self._ticker_words(name, t)
+                words, name.told_us["tickers"] = self._ticker_words(name, t), t
                 self._mark_line("ticker", name, t, self._ticker_truth(name, words))
                 self._tell("tickers", name, _json(words))
 
@@ -419,7 +420,7 @@ class Okx(Venue):
             indices[_underlying(name)].append(name)
             for channel, words in self._marks(name, t).items():
                 if channel != "index-tickers" and name.marked.get(channel) != (told := _json(words)):
-                    name.marked[channel] = told
+                    name.marked[channel], name.told_us[channel] = told, t
                     self._mark_line("ticker", name, t, words)
                     self._tell(channel, name, _json(words | {"ts": str(t // 1000)}))
         for uly, names in indices.items():
@@ -667,8 +668,8 @@ class Okx(Venue):
             "market/trades": self._trades,
             "market/history-trades": self._trades,
             "market/candles": self._candles,
-            "market/ticker": lambda name, _query: [self._ticker_words(name, self.exchange.clock_us())],
-            "public/mark-price": lambda name, _query: [self._marks(name, self.exchange.t)["mark-price"]],
+            "market/ticker": lambda name, _query: [self._ticker_words(name, name.told_us.get("tickers", 0))],
+            "public/mark-price": self._mark_price,
         }
         if endpoint not in handlers and endpoint != "market/books":
             return Reply(_answer("404", "Not Found"), 404)
@@ -683,8 +684,14 @@ class Okx(Venue):
         _, engine_id, bids, asks = await self.exchange.snapshot(name.book, request.agent)
         depth = max(1, min(int(request.query.get("sz", "1")), LEVELS_MAX))
         sides = {key: json.loads(name.levels(levels[:depth])) for key, levels in (("asks", asks), ("bids", bids))}
-        ts = str(self.exchange.clock_us() // 1000)
+        ts = str(name.waiting[SLOW].published_us // 1000)
         return Reply(_answer("0", "", [{**sides, "ts": ts, "seqId": engine_id - name.base}]))
+
+    def _mark_price(self, name: _Name, _query: Mapping[str, str]) -> list[Any]:
+        if name.type == "SPOT":
+            return []
+        ts = str(name.told_us.get("mark-price", 0) // 1000)
+        return [{**self._marks(name, self.exchange.t)["mark-price"], "ts": ts}]
 
     def _instruments(self, query: Mapping[str, str]) -> Reply:
         kind, family = query.get("instType", ""), query.get("instFamily", query.get("uly", ""))
