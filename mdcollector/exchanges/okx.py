@@ -47,8 +47,7 @@ ARGS_PER_REQUEST = 200  # a request has 64 KB at most; the longest arg is some 1
 BOOKS_PER_CONNECTION = 29  # "less than 30" books of 400 levels are recommended
 PING_EVERY_NS = 20_000_000_000  # the server hangs up after 30 s without anything
 PONG_WITHIN_NS = 10_000_000_000
-REPLY_WITHIN_NS = 15_000_000_000  # a request that is not answered is made again, so often:
-REQUEST_TRIES = 3
+REPLY_WITHIN_NS = 15_000_000_000  # then a login is given up
 RESUBSCRIBE_EVERY_NS = 500_000_000  # books that need a snapshot are resubscribed together, twice a second at most
 RESUBSCRIBE_STEP = 60  # so many requests of the hour are gone: half as often
 RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked for again
@@ -327,14 +326,6 @@ class TextBook:
         return value - (1 << 32) if value >= 1 << 31 else value
 
 
-class _Request(msgspec.Struct):
-    """A subscription that is not answered yet."""
-
-    names: list[str]
-    sent_ns: int
-    tries: int = 1
-
-
 class Okx(Venue):
     """One connection of OKX."""
 
@@ -365,9 +356,7 @@ class Okx(Venue):
             if left > self._trades_left.get(ticker, (-1, []))[0]:
                 self._trades_left[ticker] = left, []
         self._trade_ids_left.clear()
-        self._sharing: dict[str, list[str]] = {}  # stream -> instruments that it serves
-        self._name_sharing()
-        self._pending: dict[str, _Request] = {}
+        self._pending: dict[str, list[str]] = {}  # request id -> streams that are neither confirmed nor refused yet
         self._request_id = 0
         self._requests_ns: deque[int] = deque(maxlen=REQUESTS_PER_HOUR)  # of this connection, the newest ones
         self._login_ns = 0  # when a login was sent that is not answered yet
@@ -379,10 +368,9 @@ class Okx(Venue):
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
 
-    def _name_sharing(self) -> None:
-        self._sharing = {}
-        for stream in self.streams:
-            self._sharing.setdefault(stream.name, []).append(stream.ticker)
+    def _served(self, name: str) -> list[str]:
+        """The instruments that share a stream: an index, or all forced orders of a type."""
+        return [stream.ticker for stream in self.streams if stream.name == name]
 
     # Planning
 
@@ -463,11 +451,11 @@ class Okx(Venue):
         names = list(dict.fromkeys(stream.name for stream in self.streams))
         return [_control("unsubscribe", part, "bye") for part in _chunks(names)]
 
-    def _request(self, op: str, names: Sequence[str], tries: int = 1) -> None:
+    def _request(self, op: str, names: Sequence[str]) -> None:
         for part in _chunks(list(dict.fromkeys(names))):
             self._request_id += 1
             if op == "subscribe":
-                self._pending[str(self._request_id)] = _Request(part, time.time_ns(), tries)
+                self._pending[str(self._request_id)] = part
             self._count_request()
             self.wants.append(Send(_control(op, part, str(self._request_id))))
 
@@ -481,7 +469,8 @@ class Okx(Venue):
 
     def tick(self, now_ns: int) -> None:
         self._keep_alive(now_ns)
-        self._ask_again(now_ns)
+        if self._login_ns and now_ns - self._login_ns > REPLY_WITHIN_NS:
+            self._fall_back("login unanswered")
         self._take_books_anew(now_ns)
 
     def _keep_alive(self, now_ns: int) -> None:
@@ -493,18 +482,6 @@ class Okx(Venue):
         elif now_ns - self._pinged_ns > PING_EVERY_NS:
             self._pinged_ns = now_ns
             self.wants.append(Send("ping", urgent=True))
-
-    def _ask_again(self, now_ns: int) -> None:
-        """What is neither confirmed nor refused after a while is asked for again, and in the end called refused."""
-        if self._login_ns and now_ns - self._login_ns > REPLY_WITHIN_NS:
-            self._fall_back("login unanswered")
-        for request_id in [i for i, r in self._pending.items() if now_ns - r.sent_ns > REPLY_WITHIN_NS]:
-            request = self._pending.pop(request_id)
-            if request.tries < REQUEST_TRIES:
-                self.emit.counters["subscribe_repeated"] += 1
-                self._request("subscribe", request.names, request.tries + 1)
-            else:
-                self.refuse(request.names, "neither confirmed nor refused")
 
     def _take_books_anew(self, now_ns: int) -> None:
         """Leave and take the channels of broken books: the venue sends no other snapshot.
@@ -580,10 +557,10 @@ class Okx(Venue):
             raise FrameError("unhandled_event", event)
 
     def _answered(self, name: str) -> None:
-        for request_id, request in list(self._pending.items()):
-            if name in request.names:
-                request.names.remove(name)
-                if not request.names:
+        for request_id, names in list(self._pending.items()):
+            if name in names:
+                names.remove(name)
+                if not names:
                     del self._pending[request_id]
 
     def _error(self, envelope: _Envelope) -> None:
@@ -601,7 +578,7 @@ class Okx(Venue):
             self.refuse([name], text)
             self._answered(name)
         elif request is not None:  # the whole of it
-            self.refuse(list(request.names), text)
+            self.refuse(request, text)
             del self._pending[envelope.id]
         else:
             raise FrameError("venue_error", text)
@@ -614,11 +591,9 @@ class Okx(Venue):
         changed = [_without_login(s.name) for s in self.streams if s.name.startswith(f"{_TBT}:")]
         self.streams = [Stream(_without_login(s.name), s.feed, s.ticker, s.path, s.also) for s in self.streams]
         self.proof = {_without_login(name): state for name, state in self.proof.items()}
-        self._name_sharing()
-        for request_id, request in list(self._pending.items()):
-            request.names[:] = [name for name in request.names if not name.startswith(f"{_TBT}:")]
-            if not request.names:
-                del self._pending[request_id]
+        self._tickers = {stream.name: stream.ticker for stream in self.streams}
+        for name in [name for names in self._pending.values() for name in names if name.startswith(f"{_TBT}:")]:
+            self._answered(name)
         if waiting_for_login:
             self._subscribe_all()
         else:
@@ -638,7 +613,7 @@ class Okx(Venue):
         if channel == "liquidation-orders":
             return self._on_liquidations(f"{channel}:{arg.instType}")
         if channel == "index-tickers":
-            return self._on_marks(self._sharing.get(f"{channel}:{arg.instId}", [arg.instId]), channel)
+            return self._on_marks(self._served(f"{channel}:{arg.instId}") or [arg.instId], channel)
         makers = {
             "trades": self._on_trades, "trades-all": self._on_trades, _BOOKS: self._on_book, _TBT: self._on_book,
             "bbo-tbt": self._on_best,
@@ -832,7 +807,7 @@ class Okx(Venue):
 
     def _on_liquidations(self, name: str) -> Callable[[bytes], None]:
         """The channel brings all instruments of a type; only those that were asked for are written."""
-        wanted = {t: self.emit.instrument(t) for t in self._sharing.get(name, [])}
+        wanted = {t: self.emit.instrument(t) for t in self._served(name)}
         if not wanted and not self.open_world:
             raise FrameError("unknown_symbol", name)
 
@@ -884,7 +859,9 @@ class Okx(Venue):
                 if t.tradeId >= first
             ]
             sync.repaired(first, rows)
-        elif endpoint not in ("instruments", "time"):
+        elif endpoint == "instruments":
+            self.take_instruments(url, body)
+        elif endpoint != "time":
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
