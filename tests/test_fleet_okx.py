@@ -199,6 +199,22 @@ def test_missing_events_on_200_books_at_once(make: Start, record_property: Calla
     agrees(fleet)
 
 
+def test_a_stream_that_is_confirmed_and_silent_is_found_by_rest_and_taken_anew(start: Start) -> None:
+    """F1. One book brings nothing while REST shows that it changes: it is taken anew and its hole is told."""
+    fleet = start(feeds=("trades", "orderbook_l2"), silent_s=2.0)
+    hit, *others = fleet.tickers
+    fleet.sim.fault("silence", stream="books:", ticker=hit, seconds=16)
+    fleet.wait_counter("stream_silent")
+    fleet.wait_counter("stream_recovered")
+    fleet.settle()
+    fleet.wait_more("orderbook_l2", 100)
+    assert not fleet.sim.state()["violations"]
+    agrees(fleet)
+    gaps = {row["ticker"] for row in fleet.rows("gaps") if row["feed"] == "orderbook_l2"}
+    assert hit in gaps
+    assert not gaps & set(others) or fleet.counter("rollovers"), "only its own book, unless the connection was replaced"
+
+
 # Logins
 
 

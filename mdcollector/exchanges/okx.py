@@ -14,7 +14,7 @@ import hmac
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from heapq import nlargest, nsmallest
 from itertools import chain, zip_longest
 from typing import Annotated, Any
@@ -367,6 +367,13 @@ class Okx(Venue):
         self._newest: dict[str, int] = {}  # ticker -> time of the newest book message without seqId
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        self._routes.clear()  # they may write rows of what is gone, from a stream that others share
+        for ticker in gone:
+            self._texts.pop(ticker, None)
+            self._newest.pop(ticker, None)
+            self._resubscribe.pop(ticker, None)
 
     def _served(self, name: str) -> list[str]:
         """The instruments that share a stream: an index, or all forced orders of a type."""
