@@ -179,7 +179,7 @@ class Venue(ABC):
         self.path = streams[0].path if streams else ""
         self.proof = {stream.name: StreamState() for stream in streams}
         self._tickers = {stream.name: stream.ticker for stream in streams}
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in streams}
         self._routes: dict[bytes, Decode] = {}
         self.decode = self._router()
         self.wants: deque[Want] = deque()
@@ -261,14 +261,15 @@ class Venue(ABC):
         """Take these streams, too; asked for at once on an open connection, else with all others."""
         now_ns = time.time_ns()
         self.streams += streams
-        for stream in streams:
+        new = [stream for stream in streams if stream.name not in self.proof]  # several instruments may share one
+        for stream in new:
             before_us = self.emit.last_rcv_us(stream.feed, stream.ticker)  # of an earlier listing, or an earlier life
             self.proof[stream.name] = StreamState(requested_ns=now_ns, hole_us=before_us, hole_cause="listing")
         self._tickers |= {stream.name: stream.ticker for stream in streams}
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         self._routes.clear()  # they may lead to the book of an earlier listing
-        if connected:
-            self.subscribe([stream.name for stream in streams])
+        if connected and new:
+            self.subscribe([stream.name for stream in new])
         self.resume()
         for ticker in {stream.ticker for stream in streams} & self.trade_syncs.keys():
             if connected and self.trade_syncs[ticker].unproven:
@@ -276,13 +277,14 @@ class Venue(ABC):
 
     def remove(self, tickers: Collection[str], *, connected: bool) -> None:
         """Leave all streams of these instruments, drop their books and counters; where they stood is remembered."""
-        names = [stream.name for stream in self.streams if stream.ticker in tickers]
+        left = {stream.name for stream in self.streams if stream.ticker not in tickers}  # which others may share
+        names = list(dict.fromkeys(s.name for s in self.streams if s.ticker in tickers and s.name not in left))
         self.streams = [stream for stream in self.streams if stream.ticker not in tickers]
         for name in names:
-            del self._tickers[name]
+            self._tickers.pop(name, None)
             self.proof.pop(name, None)
             self.notes.pop(f"refused {name}", None)
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         for ticker in tickers:
             if (book := self.books.pop(ticker, None)) is not None:
                 for _ in book.flush():
@@ -290,6 +292,8 @@ class Venue(ABC):
                 self._books_left[ticker] = book.last_id
             if (sync := self.trade_syncs.pop(ticker, None)) is not None:
                 self._trades_left[ticker] = sync.last, []
+            if (trade_ids := self.trade_ids.pop(ticker, None)) is not None:
+                self._trade_ids_left[ticker] = trade_ids.known, trade_ids.last_time
         if connected and names:
             self.unsubscribe(names)
 
