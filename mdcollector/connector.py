@@ -511,7 +511,7 @@ class Connector:
                 self._publish()
 
     def _rows_now(self) -> int:
-        return sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
+        return sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON) - self.emit.repaired
 
     def _look_for_data(self) -> None:
         """Only rows count as data: heartbeats, replies and refused frames do not keep a connection."""
