@@ -70,7 +70,8 @@ class Subscriptions:
         if data_ns > state.requested_ns:
             if state.first_data_ns < state.requested_ns:
                 state.first_data_ns, state.asked = data_ns, 0
-            state.suspect_ns = 0
+            if data_ns > state.suspect_ns - self._newer_ns:  # it came since the suspicion arose
+                state.suspect_ns = 0
             if state.silent_ns:
                 state.silent_ns = state.quiet = 0
                 self._emit.counters["stream_recovered"] += 1
