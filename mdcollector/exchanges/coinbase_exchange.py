@@ -305,6 +305,15 @@ class CoinbaseExchange(Venue):
         names = [stream.name for stream in self.streams]
         return [self._text("unsubscribe", part) for part in _parts(names)]
 
+    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
+        super().remove(tickers, connected=connected)
+        if self._audit is not None and self._audit.depth.sync.instrument.ticker in tickers:
+            self._end_audit(0)
+        for ticker in tickers:
+            for of_ticker in (self._depths, self._told, self._resubscribe):
+                of_ticker.pop(ticker, None)
+        self._to_audit = deque(ticker for ticker in self._to_audit if ticker not in tickers)
+
     def subscribe(self, names: Sequence[str]) -> None:
         self._request("subscribe", names)
 
@@ -340,6 +349,7 @@ class CoinbaseExchange(Venue):
         self.notes["credentials"] = f"{reason}: public channels only"
         self.streams = [msgspec.structs.replace(s, name=_public(s.name)) for s in self.streams]
         self.proof = {_public(name): state for name, state in self.proof.items()}
+        self._tickers = {stream.name: stream.ticker for stream in self.streams}
 
     def tick(self, now_ns: int) -> None:
         self._resubscribe_due(now_ns)
@@ -615,15 +625,14 @@ class CoinbaseExchange(Venue):
 
     def _on_ticker(self) -> Decode:
         known: dict[str, tuple[Instrument, list[int]]] = {}  # ticker -> instrument, newest sequence and time
-        emit, left = self.emit, _tickers_left(self.emit)
+        emit = self.emit
 
         def on_ticker(frame: bytes) -> None:
             t = _decode_ticker(frame)
             found = known.get(t.product_id)
             if found is None:
                 self.admit(t.product_id)
-                before = [1 << 62, left[t.product_id]] if t.product_id in left else [-1, -1]
-                found = known[t.product_id] = emit.instrument(t.product_id), before
+                found = known[t.product_id] = emit.instrument(t.product_id), [-1, -1]
             instrument, newest = found
             timestamp = _us(t.time)
             if t.sequence <= newest[0] and timestamp <= newest[1]:  # a subscription begins with the last one
@@ -667,7 +676,9 @@ class CoinbaseExchange(Venue):
             trades = [_trade_row(t) for t in decode_body(_decode_trades, body)]
             after, limit = (_whole(query[name][0]) for name in ("after", "limit"))
             self.trade_sync(ticker).repaired(after - limit, trades)
-        elif path[-1] not in ("products", "time"):
+        elif path[-1] == "products":
+            self.take_instruments(url, body)
+        elif path[-1] != "time":
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -715,15 +726,6 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise FrameError("unhandled_url", text)
     return int(text)
-
-
-def _tickers_left(emit: Emit) -> dict[str, int]:
-    """Time of the last ticker that an earlier life of this connector published, per instrument."""
-    ring = emit.rings.get("tickers")
-    if ring is None or not ring.next:
-        return {}
-    codes, times = ring.recent_columns("ticker", "timestamp")
-    return {ring.tickers[code]: int(found) for code, found in zip(codes.tolist(), times.tolist(), strict=True)}
 
 
 VENUES = (CoinbaseExchange,)
