@@ -2,12 +2,18 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow.parquet as pq
 import pytest
+from fleet import until
 from recorded import (
     ASK,
     BID,
@@ -30,6 +36,7 @@ from recorded import (
     table,
     told,
 )
+from test_decode_hostile import Probe, mutated
 
 from mdcollector import OrderBook
 from mdcollector.emit import Emit
@@ -489,3 +496,77 @@ def test_other_bodies_make_no_rows(venue: Any) -> None:
 def test_a_repair_whose_url_makes_no_sense_is_refused(text: str, venue: Any) -> None:
     with pytest.raises(FrameError):
         venue.http(f"https://api.exchange.coinbase.com/products/BTC-USD/trades?after={text}&limit=5", b"[]")
+
+
+# Frames that are no good
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_frames(seed: int, tmp_path: Path) -> None:
+    """Real frames bent in all ways: a product whose own frames are whole feels nothing, and nothing impossible is stored."""
+    rng, one = random.Random(seed), Probe("coinbase_exchange", tmp_path, ())
+    frames = [
+        json.dumps(json.loads((FOLDER / "samples" / name).read_text()), separators=(",", ":")) for name in SAMPLES
+    ]
+    frames += [line["raw"] for line in entries(recording("exchange_ethusd_20260930")) if line["dir"] == "in"]
+    frames += [line["raw"] for line in entries(recording("exchange_20210417"))[2000:2300] if line["dir"] == "in"]
+    frames = [frame for frame in frames if len(frame) < 20_000]
+    calm: Json = {"product_id": "CALM-USD"}
+    truth: dict[float, float] = {}
+    assert one.feed({"type": "snapshot", **calm, "bids": [], "asks": []})
+    for i in range(1, 4001):
+        one.feed(mutated(rng.choice(frames), rng))
+        if i % 10:
+            continue
+        n, price, size = i // 10, rng.randrange(1, 9), rng.randrange(0, 4)
+        truth[float(price)] = float(size)
+        at = f"2026-11-24T02:{n // 60:02d}:{n % 60:02d}.000000Z"
+        assert one.feed(
+            {"type": "match", "trade_id": n, "side": "buy", "size": "2", "price": "1.5", **calm, "time": at}
+        )
+        assert one.feed({"type": "l2update", **calm, "changes": [["buy", str(price), str(size)]], "time": at})
+        one.venue.tick(one.now_ns)
+        one.venue.wants.clear()
+    for _ in one.venue.finish():
+        pass
+    assert one.refused > 1000, "the mutations do not bite"
+    assert sum(ring.next for ring in one.emit.rings.values()) > 1100, "nothing at all gets through"
+    assert one.trades("CALM-USD") == list(range(1, 401))
+    assert one.venue.books["CALM-USD"].book() == ({p: q for p, q in truth.items() if q}, {})
+    assert one.venue.books["CALM-USD"].state == "live"
+    one.sane()
+    one.emit.close()
+
+
+# Played back to a real connector
+
+
+def stored_rows(out: Path, feed: str) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in (out / feed).rglob("*.parquet"))
+
+
+def test_a_connector_collects_what_mdreplay_plays(tmp_path: Path) -> None:
+    """Server and collector are processes; trades, books and tickers are those of the frames, whatever came between."""
+    path, out = recording("exchange_20210417"), tmp_path / "out"
+    model = run(Model(), entries(path))
+    wanted = {feed: len(model.expected.rows[feed]) for feed in ("trades", "orderbook_l2", "tickers")}
+    names = sorted({row["ticker"] for row in model.expected.rows["trades"]})
+    serve = [sys.executable, "-m", "tools.replay", "serve", path, "--speed", "max"]
+    with subprocess.Popen(list(map(str, serve)), stdout=subprocess.PIPE, text=True) as server, ExitStack() as stack:
+        stack.callback(server.kill)
+        assert server.stdout is not None
+        ready = json.loads(server.stdout.readline())
+        assert ready["exchange"] == "coinbase_exchange"
+        urls = ["--ws-url", ready["ws_url"], "--rest-url", ready["rest_url"]]
+        command = [sys.executable, "-m", "mdcollector", "run", "coinbase_exchange", *names, "--feeds", ",".join(wanted),
+                   "--target", str(out), "--roll-s", "0.5", *urls]  # fmt: skip
+        collector = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        stack.callback(collector.kill)
+        until(lambda: all(stored_rows(out, feed) >= n for feed, n in wanted.items()), "all rows are stored", 60)
+        collector.send_signal(signal.SIGTERM)
+        assert collector.wait(60) == 0
+    local = {"rcv_timestamp", "packet_id", "parse_ns", "publish_ns", "flags"}  # of this run, not of the recording's
+    for feed, count in wanted.items():
+        own = local | ({"timestamp"} if feed == "orderbook_l2" else set())  # snapshots of 2021 have no time
+        expected = [{k: v for k, v in row.items() if k not in own} for row in model.expected.rows[feed]]
+        compare({name: values[:count] for name, values in table(out, feed).items()}, expected)
