@@ -469,16 +469,20 @@ def test_a_stream_is_confirmed_when_all_its_channels_are(alone: Callable[..., Al
     one = alone(TICKERS[0])
     one.venue.opened()
     (message,) = one.sent()
+    one.venue.unsubscribe([f"level2_batch:{TICKERS[0]}"])
+    assert [c["name"] for c in one.sent()[0]["channels"]] == ["level2_batch"], "matches still need the heartbeats"
     assert {c["name"]: c["product_ids"] for c in message["channels"]} == {
         "matches": [TICKERS[0]], "heartbeat": [TICKERS[0]], "level2_batch": [TICKERS[0]], "ticker": [TICKERS[0]]
     }  # fmt: skip
-    channels = [{"name": name, "product_ids": [TICKERS[0]]} for name in ("matches", "level2_50", "ticker")]
-    one.hear("subscriptions", channels=channels)
+    names = ("matches", "level2_50", "ticker", "heartbeat")  # level2_batch is called so in replies (recorded)
+    channels = [{"name": name, "product_ids": [TICKERS[0]]} for name in names]
+    one.hear("subscriptions", channels=channels[:-1])
     proof = one.venue.proof
-    assert [bool(proof[f"{c}:{TICKERS[0]}"].acknowledged_ns) for c in ("level2_batch", "ticker", "matches")] == [
-        True, True, False,
-    ]  # fmt: skip
+    assert [name for name, state in proof.items() if state.acknowledged_ns] == [f"ticker:{TICKERS[0]}"]
     assert "left out of the reply" in proof[f"matches:{TICKERS[0]}"].refused, "without heartbeats"
+    one.venue.opened()
+    one.hear("subscriptions", channels=channels)
+    assert all(state.acknowledged_ns and not state.refused for state in proof.values())
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -625,14 +629,21 @@ def audited(alone: Callable[..., Alone]) -> Alone:
 RIGHT = {"10": "1.000", "9": "1"}, {"20": "1", "21": "1"}
 
 
+def beat(one: Alone) -> None:
+    """A heartbeat that shows that the stream has passed the answer."""
+    one.pass_s(3)
+    one.hear("heartbeat", product_id=TICKERS[0], last_trade_id=1, sequence=1)
+    one.pass_s(0.1)
+
+
 def test_an_audit_that_agrees_proves_the_book_up_to_its_begin(audited: Alone) -> None:
     audit_of(audited, *RIGHT)
-    audited.pass_s(3)  # nothing comes: a silent stream is held against the answer all the same
+    beat(audited)  # no update comes: the heartbeat shows that none is late
     assert audited.counters["book_audited"] == 1
     audited.pass_s(3)
     audited.update(("buy", "10", "2"))
     audit_of(audited, {"10": "2", "9": "1"}, {"20": "1", "21": "5"})
-    audited.pass_s(3)
+    beat(audited)
     begun = int((1_796_083_200.0) * 1e6)
     assert audited.gaps() == [("audit", begun + 1, audited.book.last_id + 1)], "from the snapshot that the first proved"
     assert audited.counters["book_audit_failed"] == 1
@@ -655,7 +666,7 @@ def test_an_audit_waits_for_the_stream_and_forgives_what_changes_meanwhile(audit
 def test_an_audit_looks_no_further_than_the_snapshot_did(audited: Alone) -> None:
     """The recorded snapshot of 2026 has 150 levels a side; updates tell of others, of some nobody ever told."""
     audit_of(audited, {**RIGHT[0], "8": "3"}, {**RIGHT[1], "30": "2"})
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters["book_audited"] == 1
 
 
@@ -666,7 +677,7 @@ def test_an_audit_looks_no_further_than_the_snapshot_did(audited: Alone) -> None
 ])  # fmt: skip
 def test_an_answer_of_no_use_proves_nothing_and_blames_nobody(words: Any, counter: str, audited: Alone) -> None:
     audit_of(audited, {"10": "9"}, {"20": "9"}, **words)
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters[counter] == 1
     assert not audited.counters["book_audited"] + audited.counters["book_audit_failed"]
     assert audited.gaps() == []
@@ -679,7 +690,7 @@ def test_a_book_that_begins_anew_ends_its_audit(audited: Alone) -> None:
     audited.pass_s(1)
     audited.fetches()
     audit_of(audited, {"10": "3"}, {"20": "3"})
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters["book_audited"] == 1
 
 
@@ -691,8 +702,18 @@ def test_a_refused_audit_is_counted_and_the_next_one_comes(audited: Alone) -> No
     assert audited.counters["book_audit_refused"] == 1
     assert f"audit of {TICKERS[0]} refused" in audited.venue.notes
     audit_of(audited, *RIGHT)
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters["book_audited"] == 1
+
+
+def test_an_audit_does_not_blame_a_stream_that_is_late(audited: Alone) -> None:
+    """The answer shows what the stream has not brought yet, and no heartbeat says that it should have."""
+    audit_of(audited, {"10": "2", "9": "1"}, {"20": "1", "21": "1"})
+    for _ in range(40):
+        audited.hear("heartbeat", product_id=TICKERS[0], last_trade_id=1, sequence=1, at=1_796_083_203.0)
+        audited.pass_s(1.6)
+    assert audited.counters["book_audit_given_up"] == 1
+    assert audited.gaps() == []
 
 
 def test_a_silent_stream_is_probed_by_its_newest_trade(alone: Callable[..., Alone]) -> None:

@@ -47,7 +47,7 @@ RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked f
 OVERLAP_TAIL_US = 35_000_000  # so long after an overlap the connection that stayed may still be behind the other one
 AUDIT_EVERY_NS = 2_000_000_000  # between two audits: half a request a second of the ten that an IP address has
 AUDIT_LEAD_NS = 1_000_000_000  # changes are noted so long before the request: the answer may come from a cache
-AUDIT_SETTLE_NS = 2_000_000_000  # an answer newer than the stream is compared all the same when the stream is silent
+BEAT_AHEAD_US = 1_000_000  # a heartbeat may be so far ahead of the updates of its time (recorded: less than a batch)
 AUDIT_MOST_NS = 60_000_000_000  # then an audit is given up
 AUDIT_COST = 100  # an audit is followed by so many times its own cost: the largest books have megabytes
 TOUCHED_MAX = 100_000  # changed levels noted for an audit; then it is given up
@@ -166,9 +166,10 @@ _decode_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
 _decode_book = msgspec.json.Decoder(_RestBook, strict=False).decode
 _decode_products = msgspec.json.Decoder(list[_Product], strict=False).decode
 
-# Channel that stands for a feed in the name of its stream -> all channels that the feed needs.
-_CHANNELS = {"matches": ("matches", "heartbeat"), "ticker": ("ticker",)}
-_BOOK, _RAW_BOOK = "level2_batch", "level2"
+# Channel that stands for a feed in the name of its stream -> all channels that the feed needs: heartbeats prove trades,
+# and tell a book that stands still from one that is late.
+_BOOK, _RAW_BOOK, _BEAT = "level2_batch", "level2", "heartbeat"
+_CHANNELS = {channel: (channel, _BEAT) for channel in ("matches", _BOOK, _RAW_BOOK)}
 _SAME_CHANNEL = {"level2_50": _BOOK}  # what a reply calls the batches of 50 ms (recorded 2026-09-30)
 _OF_ONE_CONNECTION = (b'{"type":"subscriptions"', b'{"type":"error"', b'{"type":"snapshot"')
 _PRODUCT = re.compile(rb'"product_id"\s*:\s*"([^"]{1,60})"')
@@ -190,13 +191,14 @@ def follows(last_id: int, _first: int, last: int, _prev: int) -> int:
 class _Depth:
     """What is known of a book beside its levels."""
 
-    __slots__ = ("awaiting", "clock", "frame", "horizon", "loads", "newest", "sync", "touched")
+    __slots__ = ("awaiting", "beat", "clock", "frame", "horizon", "loads", "newest", "sync", "touched")
 
     def __init__(self, sync: BookSync) -> None:
         self.sync = sync
         self.newest = sync.last_id  # id of the last message, also of one that was not applied
         self.clock = 0  # time of the last update on this connection
         self.frame = b""  # that update
+        self.beat = 0  # time of the last heartbeat on this connection
         self.awaiting = False  # a new connection begins with a snapshot; what came before it belongs nowhere
         self.horizon = (0.0, PRICE_MAX)  # worst prices of the snapshot: beyond them levels may exist that nobody told
         self.loads = 0  # snapshots taken
@@ -210,7 +212,7 @@ class _Audit:
         self.depth, self.began_ns = depth, now_ns
         self.loads, self.began_at = depth.loads, (depth.newest, depth.clock or depth.sync.last_time)
         self.is_asked = False
-        self.answered_ns = 0
+        self.is_answered = False
         self.time_us = 0
         self.cost_ns = 0
         self.answer: tuple[dict[float, float], dict[float, float]] = {}, {}
@@ -326,11 +328,14 @@ class CoinbaseExchange(Venue):
             self.wants.append(Send(self._text(what, part)))
 
     def _text(self, what: str, names: Sequence[str]) -> str:
-        channels: dict[str, list[str]] = {}
+        channels: dict[str, dict[str, None]] = {}
         for name in names:
             for channel, ticker in _subscriptions(name):
-                channels.setdefault(channel, []).append(ticker)
-        named = [{"name": channel, "product_ids": tickers} for channel, tickers in channels.items()]
+                channels.setdefault(channel, {})[ticker] = None
+        if what == "unsubscribe" and _BEAT in channels:  # others of the same product may still need it
+            left = {s.ticker for s in self.streams if s.name not in names and len(_subscriptions(s.name)) > 1}
+            channels[_BEAT] = {ticker: None for ticker in channels[_BEAT] if ticker not in left}
+        named = [{"name": channel, "product_ids": list(tickers)} for channel, tickers in channels.items() if tickers]
         return msgspec.json.encode({"type": what, "channels": named, **self._signature()}).decode()
 
     def _signature(self) -> dict[str, str]:
@@ -370,7 +375,7 @@ class CoinbaseExchange(Venue):
         self._resubscribe.clear()  # the new connection begins every book with a snapshot
         self._told.clear()
         for depth in self._depths.values():
-            depth.awaiting, depth.clock, depth.frame = True, 0, b""
+            depth.awaiting, depth.clock, depth.beat, depth.frame = True, 0, 0, b""
         self._end_audit(0)
 
     def identity(self, frame: bytes) -> bytes | None:
@@ -444,10 +449,12 @@ class CoinbaseExchange(Venue):
     def _on_heartbeat(self, frame: bytes) -> None:
         """A trade that two heartbeats name was missed: one alone may overtake it, or be nonsense."""
         heartbeat = _decode_heartbeat(frame)
-        sync = self._trades_of(heartbeat.product_id)
+        timestamp, sync = _us(heartbeat.time), self._trades_of(heartbeat.product_id)
+        if (depth := self._depths.get(heartbeat.product_id)) is not None:
+            depth.beat = timestamp
         before = self._told.get(heartbeat.product_id, -1)
         self._told[heartbeat.product_id] = heartbeat.last_trade_id
-        sync.newest(min(before, heartbeat.last_trade_id), _us(heartbeat.time))
+        sync.newest(min(before, heartbeat.last_trade_id), timestamp)
 
     # Books
 
@@ -560,11 +567,11 @@ class CoinbaseExchange(Venue):
             audit.is_asked = True
             path = f"/products/{quote(ticker)}/book?level=2"
             self.wants.append(Fetch(f"audit {ticker}", path, 1, lambda body: self._take_audit(audit, body)))
-        elif audit.answered_ns and (depth.clock >= audit.time_us or now_ns - audit.answered_ns > AUDIT_SETTLE_NS):
+        elif audit.is_answered and max(depth.clock, depth.beat - BEAT_AHEAD_US) >= audit.time_us:
             self._compare(audit)
             self._end_audit(now_ns)
         elif now_ns - audit.began_ns > AUDIT_MOST_NS:
-            self.emit.counters["book_audit_unanswered"] += 1
+            self.emit.counters["book_audit_given_up"] += 1
             self._end_audit(now_ns)
 
     def _next_to_audit(self) -> _Depth | None:
@@ -593,7 +600,7 @@ class CoinbaseExchange(Venue):
             self._end_audit(self.emit.rcv_us * 1000)
             return
         audit.answer = {price: size for price, size, _ in book.bids}, {price: size for price, size, _ in book.asks}
-        audit.time_us, audit.answered_ns = _us(book.time), self.emit.rcv_us * 1000
+        audit.time_us, audit.is_answered = _us(book.time), True
         audit.cost_ns = time.perf_counter_ns() - began
 
     def _compare(self, audit: _Audit) -> None:
