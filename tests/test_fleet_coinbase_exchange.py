@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -278,6 +279,55 @@ def test_heartbeats_do_not_count_as_data(start: Start) -> None:
     agrees(fleet)
 
 
+def listed_by(fleet: Fleet) -> dict[str, tuple[bool, float]]:
+    """The exchange's own list: whether a product trades, and its tick size."""
+    with urllib.request.urlopen(fleet.sim.rest_url + "/products", timeout=30) as response:
+        rows = json.load(response)
+    return {p["id"]: (p["status"] == "online", float(p["quote_increment"])) for p in rows}
+
+
+def test_the_list_of_products_is_followed_while_running(tmp_path: Path) -> None:
+    """F14, F15. New is subscribed, gone is left and taken up again where it ended; every change is a row, once."""
+    stays, leaves, new = "BTC-USD", "ETH-USD", "NEW-USD"
+
+    def is_recorded(ticker: str) -> bool:
+        streams = [s for s in fleet.stats().get("streams", {}).values() if s["ticker"] == ticker]
+        return bool(streams) and all(s["acknowledged_ns"] and s["data_ns"] > s["requested_ns"] for s in streams)
+
+    def is_left(ticker: str) -> bool:
+        names = [name for conn in fleet.sim.state()["connections"] for name in conn["subscriptions"]]
+        return not [name for name in names if name.endswith(f":{ticker}")]
+
+    fleet = Fleet(
+        tmp_path, VENUE, tickers=["*-USD"], feeds=FEEDS, sim_tickers=f"{stays}:1,{leaves}:1", instruments_s=0.5
+    )
+    with fleet:
+        fleet.start()
+        first = listed_by(fleet)
+        fleet.sim.fault("listing", ticker="NEW-EUR")
+        fleet.sim.fault("listing", ticker=new)
+        until(lambda: is_recorded(new), fleet.brief)
+        fleet.sim.fault("tick_size", ticker=stays)
+        until(lambda: fleet.published("instruments") == 4, fleet.brief)
+        fleet.sim.fault("delist", ticker=leaves)
+        until(lambda: is_left(leaves), fleet.brief)
+        fleet.sim.fault("listing", ticker=leaves)
+        until(lambda: is_recorded(leaves), fleet.brief)
+        fleet.sim.fault("delist", ticker=new, mode="halted")
+        until(lambda: is_left(new), fleet.brief)
+        last = listed_by(fleet)
+        agrees(fleet)
+    told: dict[str, list[tuple[bool, float]]] = {}
+    for row in fleet.rows("instruments"):
+        told.setdefault(row["ticker"], []).append((row["active"], row["tick_size"]))
+    assert told == {
+        stays: [first[stays], last[stays]],
+        leaves: [first[leaves], (False, first[leaves][1]), first[leaves]],
+        new: [(True, last[new][1]), last[new]],
+    }
+    assert (last[stays][1], last[new][0]) == (first[stays][1] / 10, False)
+
+
 # Frames that are no good
 
 
@@ -485,6 +535,19 @@ def test_a_stream_is_confirmed_when_all_its_channels_are(alone: Callable[..., Al
     assert all(state.acknowledged_ns and not state.refused for state in proof.values())
 
 
+def test_a_request_without_an_answer_is_not_taken_for_the_next_one(alone: Callable[..., Alone]) -> None:
+    """The reply to the second request lists what that one asked for: nothing of the first is refused for it."""
+    one = alone(*TICKERS)
+    one.venue.subscribe([f"ticker:{TICKERS[0]}"])
+    one.venue.subscribe([f"ticker:{TICKERS[1]}"])
+    one.reply(one.sent()[1])
+    proof = one.venue.proof
+    assert proof[f"ticker:{TICKERS[1]}"].acknowledged_ns
+    assert not proof[f"ticker:{TICKERS[0]}"].acknowledged_ns
+    assert not proof[f"ticker:{TICKERS[0]}"].refused
+    assert one.counters["request_unanswered"] == 1
+
+
 @pytest.mark.parametrize("is_named", [True, False])
 def test_what_a_request_is_refused_for_is_found(is_named: bool, alone: Callable[..., Alone]) -> None:
     """The venue refuses each request that holds one certain subscription; an error does not say which request it is of."""
@@ -650,7 +713,7 @@ def test_an_audit_that_agrees_proves_the_book_up_to_its_begin(audited: Alone) ->
     assert "ask 21.0: 1.0, not 5.0" in audited.emit.samples["book_audit_failed"]
 
 
-def test_an_audit_waits_for_the_stream_and_forgives_what_changes_meanwhile(audited: Alone) -> None:
+def test_an_audit_waits_for_the_stream(audited: Alone) -> None:
     audited.pass_s(3)
     audited.update(("buy", "10", "7"), at=audited.now_s)  # between the begin of the audit and its request
     at = audited.now_s + 2
@@ -658,6 +721,14 @@ def test_an_audit_waits_for_the_stream_and_forgives_what_changes_meanwhile(audit
     audited.pass_s(1)
     assert not audited.counters["book_audited"] + audited.counters["book_audit_failed"], "the stream is not there yet"
     audited.update(("buy", "10", "0"), ("buy", "10.5", "4"), at=at + 0.1)
+    audited.pass_s(0.1)
+    assert audited.counters["book_audited"] == 1
+    assert audited.gaps() == []
+
+
+def test_an_audit_forgives_what_changed_behind_the_answer(audited: Alone) -> None:
+    audit_of(audited, *RIGHT)
+    audited.update(("buy", "10", "5"), ("sell", "19", "1"), at=audited.now_s + 0.05)
     audited.pass_s(0.1)
     assert audited.counters["book_audited"] == 1
     assert audited.gaps() == []

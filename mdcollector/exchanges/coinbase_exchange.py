@@ -10,8 +10,8 @@ get-product-trades, get-product-book, get-products, pagination), read in 2026. W
             book up, as does a book that stays crossed; and each book in turn is audited: compared with the book of
             the REST interface, level by level, but for what changes meanwhile. What an audit finds wrong goes into the
             ledger from the last audit (or snapshot) on that found it right. Not shown: a loss that later changes of
-            the same levels hide before the next audit. An audit takes 1.2 s and there is one at a time and no more
-            than one in two seconds, so an error in one of n books lives 2 n to 4 n seconds.
+            the same levels hide before the next audit. There is one audit at a time, of a second or two, and two
+            seconds lie between them: each of n books has its turn about every 4 n seconds.
 
 `update_id` of a book row is the event time in us, made strictly rising: where two messages have one time, or a snapshot
 has none, it is one more than the last. Batches of 50 ms are cut differently on two connections, but levels are absolute
@@ -398,10 +398,17 @@ class CoinbaseExchange(Venue):
             if not self.open_world:
                 self.emit.counters["reply_without_request"] += 1
             return
+        listed = {(_SAME_CHANNEL.get(c.name, c.name), ticker) for c in channels for ticker in c.product_ids}
         what, names = self._requests.popleft()
         if what == "unsubscribe":
             return
-        listed = {(_SAME_CHANNEL.get(c.name, c.name), ticker) for c in channels for ticker in c.product_ids}
+        later = next((i for i, request in enumerate(self._requests) if _is_met(request, listed)), -1)
+        if later >= 0 and not _is_met(
+            (what, names), listed
+        ):  # then it answers that one, and those before had no answer
+            self.emit.counters["request_unanswered"] += later + 1
+            for _ in range(later + 1):
+                _, names = self._requests.popleft()
         missing = [name for name in names if not listed.issuperset(_subscriptions(name))]
         self.acknowledge([name for name in names if name not in missing], time.time_ns())
         self.refuse(missing, "left out of the reply to subscribe")
@@ -704,6 +711,12 @@ def _subscriptions(name: str) -> list[tuple[str, str]]:
     """Channel and product of everything that a stream subscribes to."""
     channel, _, ticker = name.partition(":")
     return [(each, ticker) for each in _CHANNELS.get(channel, (channel,))]
+
+
+def _is_met(request: tuple[str, list[str]], listed: set[tuple[str, str]]) -> bool:
+    """Whether a reply that lists this may be the answer to a request to subscribe."""
+    what, names = request
+    return what == "subscribe" and all(listed.issuperset(_subscriptions(name)) for name in names)
 
 
 def _public(name: str) -> str:
