@@ -272,6 +272,7 @@ def test_trades_are_paged_from_the_newest_to_older_ones(tmp_path: Path) -> None:
     async def talk(sim: SimProcess) -> None:
         sim.wait_state(lambda state: state["ledger"].get("trade", {}).get(NAME, 0) > 40)
         sim.pause()
+        sim.wait_state(lambda state: len(sim.ledger().trades(NAME)) == state["ledger"]["trade"][NAME])  # all written
         ids = [int(id_) for id_ in sim.ledger().trades(NAME)]
         _, newest, headers = await get(sim, f"/products/{NAME}/trades", limit=10)
         assert [t["trade_id"] for t in newest] == ids[:-11:-1]
