@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -127,10 +128,12 @@ def test_trades_behind_which_none_comes_are_found_by_the_heartbeat(start: Start)
     fleet.sim.fault("silence", stream="matches:")
     fleet.wait_counter("gap_trades_filled_repaired", 2 * len(TICKERS))
     fleet.sim.pause()
-    newest = {t: max(row["seq"] for row in fleet.sim.ledger().rows("trade", t)) for t in TICKERS}
-    goal = sum(len(fleet.sim.ledger().rows("trade", t)) for t in TICKERS)
-    assert goal > 0
-    until(lambda: all(_newest_trade(fleet, t) == newest[t] for t in TICKERS), fleet.brief)
+
+    def made(ticker: str) -> int:
+        """The newest trade of the exchange, as far as the ledger is written by now."""
+        return max(row["seq"] for row in fleet.sim.ledger().rows("trade", ticker))
+
+    until(lambda: all(_newest_trade(fleet, t) == made(t) for t in TICKERS), fleet.brief)
     agrees(fleet)
     proof = fleet.prove()
     assert proof.feeds["trades"].explained == 0
@@ -276,6 +279,55 @@ def test_heartbeats_do_not_count_as_data(start: Start) -> None:
     fleet.wait_live()
     fleet.wait_more("trades", 20)
     agrees(fleet)
+
+
+def listed_by(fleet: Fleet) -> dict[str, tuple[bool, float]]:
+    """The exchange's own list: whether a product trades, and its tick size."""
+    with urllib.request.urlopen(fleet.sim.rest_url + "/products", timeout=30) as response:
+        rows = json.load(response)
+    return {p["id"]: (p["status"] == "online", float(p["quote_increment"])) for p in rows}
+
+
+def test_the_list_of_products_is_followed_while_running(tmp_path: Path) -> None:
+    """F14, F15. New is subscribed, gone is left and taken up again where it ended; every change is a row, once."""
+    stays, leaves, new = "BTC-USD", "ETH-USD", "NEW-USD"
+
+    def is_recorded(ticker: str) -> bool:
+        streams = [s for s in fleet.stats().get("streams", {}).values() if s["ticker"] == ticker]
+        return bool(streams) and all(s["acknowledged_ns"] and s["data_ns"] > s["requested_ns"] for s in streams)
+
+    def is_left(ticker: str) -> bool:
+        names = [name for conn in fleet.sim.state()["connections"] for name in conn["subscriptions"]]
+        return not [name for name in names if name.endswith(f":{ticker}")]
+
+    fleet = Fleet(
+        tmp_path, VENUE, tickers=["*-USD"], feeds=FEEDS, sim_tickers=f"{stays}:1,{leaves}:1", instruments_s=0.5
+    )
+    with fleet:
+        fleet.start()
+        first = listed_by(fleet)
+        fleet.sim.fault("listing", ticker="NEW-EUR")
+        fleet.sim.fault("listing", ticker=new)
+        until(lambda: is_recorded(new), fleet.brief)
+        fleet.sim.fault("tick_size", ticker=stays)
+        until(lambda: fleet.published("instruments") == 4, fleet.brief)
+        fleet.sim.fault("delist", ticker=leaves)
+        until(lambda: is_left(leaves), fleet.brief)
+        fleet.sim.fault("listing", ticker=leaves)
+        until(lambda: is_recorded(leaves), fleet.brief)
+        fleet.sim.fault("delist", ticker=new, mode="halted")
+        until(lambda: is_left(new), fleet.brief)
+        last = listed_by(fleet)
+        agrees(fleet)
+    told: dict[str, list[tuple[bool, float]]] = {}
+    for row in fleet.rows("instruments"):
+        told.setdefault(row["ticker"], []).append((row["active"], row["tick_size"]))
+    assert told == {
+        stays: [first[stays], last[stays]],
+        leaves: [first[leaves], (False, first[leaves][1]), first[leaves]],
+        new: [(True, last[new][1]), last[new]],
+    }
+    assert (last[stays][1], last[new][0]) == (first[stays][1] / 10, False)
 
 
 # Frames that are no good
@@ -469,16 +521,33 @@ def test_a_stream_is_confirmed_when_all_its_channels_are(alone: Callable[..., Al
     one = alone(TICKERS[0])
     one.venue.opened()
     (message,) = one.sent()
+    one.venue.unsubscribe([f"level2_batch:{TICKERS[0]}"])
+    assert [c["name"] for c in one.sent()[0]["channels"]] == ["level2_batch"], "matches still need the heartbeats"
     assert {c["name"]: c["product_ids"] for c in message["channels"]} == {
         "matches": [TICKERS[0]], "heartbeat": [TICKERS[0]], "level2_batch": [TICKERS[0]], "ticker": [TICKERS[0]]
     }  # fmt: skip
-    channels = [{"name": name, "product_ids": [TICKERS[0]]} for name in ("matches", "level2_50", "ticker")]
-    one.hear("subscriptions", channels=channels)
+    names = ("matches", "level2_50", "ticker", "heartbeat")  # level2_batch is called so in replies (recorded)
+    channels = [{"name": name, "product_ids": [TICKERS[0]]} for name in names]
+    one.hear("subscriptions", channels=channels[:-1])
     proof = one.venue.proof
-    assert [bool(proof[f"{c}:{TICKERS[0]}"].acknowledged_ns) for c in ("level2_batch", "ticker", "matches")] == [
-        True, True, False,
-    ]  # fmt: skip
+    assert [name for name, state in proof.items() if state.acknowledged_ns] == [f"ticker:{TICKERS[0]}"]
     assert "left out of the reply" in proof[f"matches:{TICKERS[0]}"].refused, "without heartbeats"
+    one.venue.opened()
+    one.hear("subscriptions", channels=channels)
+    assert all(state.acknowledged_ns and not state.refused for state in proof.values())
+
+
+def test_a_request_without_an_answer_is_not_taken_for_the_next_one(alone: Callable[..., Alone]) -> None:
+    """The reply to the second request lists what that one asked for: nothing of the first is refused for it."""
+    one = alone(*TICKERS)
+    one.venue.subscribe([f"ticker:{TICKERS[0]}"])
+    one.venue.subscribe([f"ticker:{TICKERS[1]}"])
+    one.reply(one.sent()[1])
+    proof = one.venue.proof
+    assert proof[f"ticker:{TICKERS[1]}"].acknowledged_ns
+    assert not proof[f"ticker:{TICKERS[0]}"].acknowledged_ns
+    assert not proof[f"ticker:{TICKERS[0]}"].refused
+    assert one.counters["request_unanswered"] == 1
 
 
 @pytest.mark.parametrize("is_named", [True, False])
@@ -625,21 +694,28 @@ def audited(alone: Callable[..., Alone]) -> Alone:
 RIGHT = {"10": "1.000", "9": "1"}, {"20": "1", "21": "1"}
 
 
+def beat(one: Alone) -> None:
+    """A heartbeat that shows that the stream has passed the answer."""
+    one.pass_s(3)
+    one.hear("heartbeat", product_id=TICKERS[0], last_trade_id=1, sequence=1)
+    one.pass_s(0.1)
+
+
 def test_an_audit_that_agrees_proves_the_book_up_to_its_begin(audited: Alone) -> None:
     audit_of(audited, *RIGHT)
-    audited.pass_s(3)  # nothing comes: a silent stream is held against the answer all the same
+    beat(audited)  # no update comes: the heartbeat shows that none is late
     assert audited.counters["book_audited"] == 1
     audited.pass_s(3)
     audited.update(("buy", "10", "2"))
     audit_of(audited, {"10": "2", "9": "1"}, {"20": "1", "21": "5"})
-    audited.pass_s(3)
+    beat(audited)
     begun = int((1_796_083_200.0) * 1e6)
     assert audited.gaps() == [("audit", begun + 1, audited.book.last_id + 1)], "from the snapshot that the first proved"
     assert audited.counters["book_audit_failed"] == 1
     assert "ask 21.0: 1.0, not 5.0" in audited.emit.samples["book_audit_failed"]
 
 
-def test_an_audit_waits_for_the_stream_and_forgives_what_changes_meanwhile(audited: Alone) -> None:
+def test_an_audit_waits_for_the_stream(audited: Alone) -> None:
     audited.pass_s(3)
     audited.update(("buy", "10", "7"), at=audited.now_s)  # between the begin of the audit and its request
     at = audited.now_s + 2
@@ -652,10 +728,18 @@ def test_an_audit_waits_for_the_stream_and_forgives_what_changes_meanwhile(audit
     assert audited.gaps() == []
 
 
+def test_an_audit_forgives_what_changed_behind_the_answer(audited: Alone) -> None:
+    audit_of(audited, *RIGHT)
+    audited.update(("buy", "10", "5"), ("sell", "19", "1"), at=audited.now_s + 0.05)
+    audited.pass_s(0.1)
+    assert audited.counters["book_audited"] == 1
+    assert audited.gaps() == []
+
+
 def test_an_audit_looks_no_further_than_the_snapshot_did(audited: Alone) -> None:
     """The recorded snapshot of 2026 has 150 levels a side; updates tell of others, of some nobody ever told."""
     audit_of(audited, {**RIGHT[0], "8": "3"}, {**RIGHT[1], "30": "2"})
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters["book_audited"] == 1
 
 
@@ -666,7 +750,7 @@ def test_an_audit_looks_no_further_than_the_snapshot_did(audited: Alone) -> None
 ])  # fmt: skip
 def test_an_answer_of_no_use_proves_nothing_and_blames_nobody(words: Any, counter: str, audited: Alone) -> None:
     audit_of(audited, {"10": "9"}, {"20": "9"}, **words)
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters[counter] == 1
     assert not audited.counters["book_audited"] + audited.counters["book_audit_failed"]
     assert audited.gaps() == []
@@ -679,7 +763,7 @@ def test_a_book_that_begins_anew_ends_its_audit(audited: Alone) -> None:
     audited.pass_s(1)
     audited.fetches()
     audit_of(audited, {"10": "3"}, {"20": "3"})
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters["book_audited"] == 1
 
 
@@ -691,8 +775,18 @@ def test_a_refused_audit_is_counted_and_the_next_one_comes(audited: Alone) -> No
     assert audited.counters["book_audit_refused"] == 1
     assert f"audit of {TICKERS[0]} refused" in audited.venue.notes
     audit_of(audited, *RIGHT)
-    audited.pass_s(3)
+    beat(audited)
     assert audited.counters["book_audited"] == 1
+
+
+def test_an_audit_does_not_blame_a_stream_that_is_late(audited: Alone) -> None:
+    """The answer shows what the stream has not brought yet, and no heartbeat says that it should have."""
+    audit_of(audited, {"10": "2", "9": "1"}, {"20": "1", "21": "1"})
+    for _ in range(40):
+        audited.hear("heartbeat", product_id=TICKERS[0], last_trade_id=1, sequence=1, at=1_796_083_203.0)
+        audited.pass_s(1.6)
+    assert audited.counters["book_audit_given_up"] == 1
+    assert audited.gaps() == []
 
 
 def test_a_silent_stream_is_probed_by_its_newest_trade(alone: Callable[..., Alone]) -> None:

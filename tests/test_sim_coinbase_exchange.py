@@ -1,6 +1,8 @@
 """The simulated Coinbase Exchange: its messages against its ledger, its dialogue, its REST interface, each of its limits.
 
-An unmodified third-party client judges it in `test_cryptofeed...` at the end.
+cryptofeed has no client of this feed any more: its class Coinbase speaks Advanced Trade, so each of its messages is
+wrong here (`channel` for `channels`, other hosts, products and names of channels). Another unmodified library, ccxt,
+speaks it, with a signature, and judges the simulator at the end.
 """
 
 import asyncio
@@ -8,6 +10,8 @@ import base64
 import hashlib
 import hmac
 import json
+import os
+import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,6 +21,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from test_sim_cryptofeed import INSTALL_S, check_trades, environment
 
 from tools.sim.process import SimProcess
 
@@ -267,6 +272,7 @@ def test_trades_are_paged_from_the_newest_to_older_ones(tmp_path: Path) -> None:
     async def talk(sim: SimProcess) -> None:
         sim.wait_state(lambda state: state["ledger"].get("trade", {}).get(NAME, 0) > 40)
         sim.pause()
+        sim.wait_state(lambda state: len(sim.ledger().trades(NAME)) == state["ledger"]["trade"][NAME])  # all written
         ids = [int(id_) for id_ in sim.ledger().trades(NAME)]
         _, newest, headers = await get(sim, f"/products/{NAME}/trades", limit=10)
         assert [t["trade_id"] for t in newest] == ids[:-11:-1]
@@ -316,3 +322,39 @@ def test_products() -> None:
 
     with SimProcess(VENUE) as sim:
         within(talk(sim))
+
+
+# A third-party client
+
+CCXT = "ccxt==4.5.90"
+SCRIPT = Path(__file__).with_name("thirdparty_ccxt.py")
+
+
+@pytest.mark.thirdparty
+@pytest.mark.timeout(INSTALL_S + 120)
+def test_ccxt_gets_the_trades_and_books_of_the_ledger(tmp_path: Path) -> None:
+    """It keeps no time that is finer than ms, so books are found by their time in ms, and by both sides."""
+    python = environment(CCXT)
+    with SimProcess(VENUE, *FAST, *KEY, ledger=tmp_path / "l") as sim:
+        command = [python, SCRIPT, "coinbaseexchange", sim.ws_url, sim.rest_url, "5", "BTC/USD", "ETH/USD"]
+        keys = {"CCXT_KEY": "someone", "CCXT_SECRET": SECRET, "CCXT_PASSWORD": "p", "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=100, env=keys, cwd=tmp_path
+        )
+        sim.stop()
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    truth = sim.ledger()
+    for symbol, ticker in (("BTC/USD", "BTC-USD"), ("ETH/USD", "ETH-USD")):
+        mine = [row for row in rows if row["symbol"] == symbol]
+        check_trades([row for row in mine if row["kind"] == "trade"], truth.trades(ticker))
+        books: dict[int, list[Any]] = {}
+        for at, sides in truth.books(ticker, "level2"):
+            books.setdefault(at // 1000, []).append(_decimals(*sides))
+        told = [row for row in mine if row["kind"] == "book" and row["ms"] is not None]
+        assert len(told) > 100
+        assert [row["ms"] for row in told if _decimals(row["bids"], row["asks"]) not in books[row["ms"]]] == []
+
+
+def _decimals(*sides: dict[str, str]) -> list[dict[Decimal, Decimal]]:
+    return [{Decimal(price): Decimal(size) for price, size in side.items()} for side in sides]

@@ -29,25 +29,29 @@ pytestmark = [pytest.mark.thirdparty, pytest.mark.timeout(INSTALL_S + 120)]
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """The interpreter of an environment that holds cryptofeed and nothing of ours; made under a lock, only once."""
-    home = REPOSITORY / ".venv-cryptofeed"
-    interpreter, done = home / "bin" / "python", home / f"{CRYPTOFEED}.done"
+    return environment(CRYPTOFEED)
+
+
+def environment(package: str) -> Path:
+    """The interpreter of an environment that holds a package and nothing of ours; made under a lock, only once."""
+    home = REPOSITORY / f".venv-{package.partition('=')[0]}"
+    interpreter, done = home / "bin" / "python", home / f"{package}.done"
     home.mkdir(exist_ok=True)
     with open(home / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             commands: tuple[list[str], ...] = (
                 [sys.executable, "-m", "venv", str(home)],
-                [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", CRYPTOFEED],
+                [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package],
             )
             for command in commands:
                 try:
                     result = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
                 except subprocess.TimeoutExpired:
-                    pytest.skip(f"{CRYPTOFEED} was not installed within {INSTALL_S} s")
+                    pytest.skip(f"{package} was not installed within {INSTALL_S} s")
                 if result.returncode != 0:
                     last = (result.stderr.strip().splitlines() or ["without a word"])[-1]
-                    pytest.skip(f"{CRYPTOFEED} cannot be installed here: {last}")
+                    pytest.skip(f"{package} cannot be installed here: {last}")
             done.touch()
     return interpreter
 

@@ -10,8 +10,8 @@ get-product-trades, get-product-book, get-products, pagination), read in 2026. W
             book up, as does a book that stays crossed; and each book in turn is audited: compared with the book of
             the REST interface, level by level, but for what changes meanwhile. What an audit finds wrong goes into the
             ledger from the last audit (or snapshot) on that found it right. Not shown: a loss that later changes of
-            the same levels hide before the next audit. An audit takes 1.2 s and there is one at a time and no more
-            than one in two seconds, so an error in one of n books lives 2 n to 4 n seconds.
+            the same levels hide before the next audit. There is one audit at a time, of a second or two, and two
+            seconds lie between them: each of n books has its turn about every 4 n seconds.
 
 `update_id` of a book row is the event time in us, made strictly rising: where two messages have one time, or a snapshot
 has none, it is one more than the last. Batches of 50 ms are cut differently on two connections, but levels are absolute
@@ -47,7 +47,7 @@ RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked f
 OVERLAP_TAIL_US = 35_000_000  # so long after an overlap the connection that stayed may still be behind the other one
 AUDIT_EVERY_NS = 2_000_000_000  # between two audits: half a request a second of the ten that an IP address has
 AUDIT_LEAD_NS = 1_000_000_000  # changes are noted so long before the request: the answer may come from a cache
-AUDIT_SETTLE_NS = 2_000_000_000  # an answer newer than the stream is compared all the same when the stream is silent
+BEAT_AHEAD_US = 1_000_000  # a heartbeat may be so far ahead of the updates of its time (recorded: less than a batch)
 AUDIT_MOST_NS = 60_000_000_000  # then an audit is given up
 AUDIT_COST = 100  # an audit is followed by so many times its own cost: the largest books have megabytes
 TOUCHED_MAX = 100_000  # changed levels noted for an audit; then it is given up
@@ -166,9 +166,10 @@ _decode_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
 _decode_book = msgspec.json.Decoder(_RestBook, strict=False).decode
 _decode_products = msgspec.json.Decoder(list[_Product], strict=False).decode
 
-# Channel that stands for a feed in the name of its stream -> all channels that the feed needs.
-_CHANNELS = {"matches": ("matches", "heartbeat"), "ticker": ("ticker",)}
-_BOOK, _RAW_BOOK = "level2_batch", "level2"
+# Channel that stands for a feed in the name of its stream -> all channels that the feed needs: heartbeats prove trades,
+# and tell a book that stands still from one that is late.
+_BOOK, _RAW_BOOK, _BEAT = "level2_batch", "level2", "heartbeat"
+_CHANNELS = {channel: (channel, _BEAT) for channel in ("matches", _BOOK, _RAW_BOOK)}
 _SAME_CHANNEL = {"level2_50": _BOOK}  # what a reply calls the batches of 50 ms (recorded 2026-09-30)
 _OF_ONE_CONNECTION = (b'{"type":"subscriptions"', b'{"type":"error"', b'{"type":"snapshot"')
 _PRODUCT = re.compile(rb'"product_id"\s*:\s*"([^"]{1,60})"')
@@ -190,13 +191,14 @@ def follows(last_id: int, _first: int, last: int, _prev: int) -> int:
 class _Depth:
     """What is known of a book beside its levels."""
 
-    __slots__ = ("awaiting", "clock", "frame", "horizon", "loads", "newest", "sync", "touched")
+    __slots__ = ("awaiting", "beat", "clock", "frame", "horizon", "loads", "newest", "sync", "touched")
 
     def __init__(self, sync: BookSync) -> None:
         self.sync = sync
         self.newest = sync.last_id  # id of the last message, also of one that was not applied
         self.clock = 0  # time of the last update on this connection
         self.frame = b""  # that update
+        self.beat = 0  # time of the last heartbeat on this connection
         self.awaiting = False  # a new connection begins with a snapshot; what came before it belongs nowhere
         self.horizon = (0.0, PRICE_MAX)  # worst prices of the snapshot: beyond them levels may exist that nobody told
         self.loads = 0  # snapshots taken
@@ -210,7 +212,7 @@ class _Audit:
         self.depth, self.began_ns = depth, now_ns
         self.loads, self.began_at = depth.loads, (depth.newest, depth.clock or depth.sync.last_time)
         self.is_asked = False
-        self.answered_ns = 0
+        self.is_answered = False
         self.time_us = 0
         self.cost_ns = 0
         self.answer: tuple[dict[float, float], dict[float, float]] = {}, {}
@@ -305,6 +307,15 @@ class CoinbaseExchange(Venue):
         names = [stream.name for stream in self.streams]
         return [self._text("unsubscribe", part) for part in _parts(names)]
 
+    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
+        super().remove(tickers, connected=connected)
+        if self._audit is not None and self._audit.depth.sync.instrument.ticker in tickers:
+            self._end_audit(0)
+        for ticker in tickers:
+            for of_ticker in (self._depths, self._told, self._resubscribe):
+                of_ticker.pop(ticker, None)
+        self._to_audit = deque(ticker for ticker in self._to_audit if ticker not in tickers)
+
     def subscribe(self, names: Sequence[str]) -> None:
         self._request("subscribe", names)
 
@@ -317,11 +328,14 @@ class CoinbaseExchange(Venue):
             self.wants.append(Send(self._text(what, part)))
 
     def _text(self, what: str, names: Sequence[str]) -> str:
-        channels: dict[str, list[str]] = {}
+        channels: dict[str, dict[str, None]] = {}
         for name in names:
             for channel, ticker in _subscriptions(name):
-                channels.setdefault(channel, []).append(ticker)
-        named = [{"name": channel, "product_ids": tickers} for channel, tickers in channels.items()]
+                channels.setdefault(channel, {})[ticker] = None
+        if what == "unsubscribe" and _BEAT in channels:  # others of the same product may still need it
+            left = {s.ticker for s in self.streams if s.name not in names and len(_subscriptions(s.name)) > 1}
+            channels[_BEAT] = {ticker: None for ticker in channels[_BEAT] if ticker not in left}
+        named = [{"name": channel, "product_ids": list(tickers)} for channel, tickers in channels.items() if tickers]
         return msgspec.json.encode({"type": what, "channels": named, **self._signature()}).decode()
 
     def _signature(self) -> dict[str, str]:
@@ -340,6 +354,7 @@ class CoinbaseExchange(Venue):
         self.notes["credentials"] = f"{reason}: public channels only"
         self.streams = [msgspec.structs.replace(s, name=_public(s.name)) for s in self.streams]
         self.proof = {_public(name): state for name, state in self.proof.items()}
+        self._tickers = {stream.name: stream.ticker for stream in self.streams}
 
     def tick(self, now_ns: int) -> None:
         self._resubscribe_due(now_ns)
@@ -360,7 +375,7 @@ class CoinbaseExchange(Venue):
         self._resubscribe.clear()  # the new connection begins every book with a snapshot
         self._told.clear()
         for depth in self._depths.values():
-            depth.awaiting, depth.clock, depth.frame = True, 0, b""
+            depth.awaiting, depth.clock, depth.beat, depth.frame = True, 0, 0, b""
         self._end_audit(0)
 
     def identity(self, frame: bytes) -> bytes | None:
@@ -383,10 +398,17 @@ class CoinbaseExchange(Venue):
             if not self.open_world:
                 self.emit.counters["reply_without_request"] += 1
             return
+        listed = {(_SAME_CHANNEL.get(c.name, c.name), ticker) for c in channels for ticker in c.product_ids}
         what, names = self._requests.popleft()
         if what == "unsubscribe":
             return
-        listed = {(_SAME_CHANNEL.get(c.name, c.name), ticker) for c in channels for ticker in c.product_ids}
+        later = next((i for i, request in enumerate(self._requests) if _is_met(request, listed)), -1)
+        if later >= 0 and not _is_met(
+            (what, names), listed
+        ):  # then it answers that one, and those before had no answer
+            self.emit.counters["request_unanswered"] += later + 1
+            for _ in range(later + 1):
+                _, names = self._requests.popleft()
         missing = [name for name in names if not listed.issuperset(_subscriptions(name))]
         self.acknowledge([name for name in names if name not in missing], time.time_ns())
         self.refuse(missing, "left out of the reply to subscribe")
@@ -434,10 +456,12 @@ class CoinbaseExchange(Venue):
     def _on_heartbeat(self, frame: bytes) -> None:
         """A trade that two heartbeats name was missed: one alone may overtake it, or be nonsense."""
         heartbeat = _decode_heartbeat(frame)
-        sync = self._trades_of(heartbeat.product_id)
+        timestamp, sync = _us(heartbeat.time), self._trades_of(heartbeat.product_id)
+        if (depth := self._depths.get(heartbeat.product_id)) is not None:
+            depth.beat = timestamp
         before = self._told.get(heartbeat.product_id, -1)
         self._told[heartbeat.product_id] = heartbeat.last_trade_id
-        sync.newest(min(before, heartbeat.last_trade_id), _us(heartbeat.time))
+        sync.newest(min(before, heartbeat.last_trade_id), timestamp)
 
     # Books
 
@@ -550,11 +574,11 @@ class CoinbaseExchange(Venue):
             audit.is_asked = True
             path = f"/products/{quote(ticker)}/book?level=2"
             self.wants.append(Fetch(f"audit {ticker}", path, 1, lambda body: self._take_audit(audit, body)))
-        elif audit.answered_ns and (depth.clock >= audit.time_us or now_ns - audit.answered_ns > AUDIT_SETTLE_NS):
+        elif audit.is_answered and max(depth.clock, depth.beat - BEAT_AHEAD_US) >= audit.time_us:
             self._compare(audit)
             self._end_audit(now_ns)
         elif now_ns - audit.began_ns > AUDIT_MOST_NS:
-            self.emit.counters["book_audit_unanswered"] += 1
+            self.emit.counters["book_audit_given_up"] += 1
             self._end_audit(now_ns)
 
     def _next_to_audit(self) -> _Depth | None:
@@ -583,7 +607,7 @@ class CoinbaseExchange(Venue):
             self._end_audit(self.emit.rcv_us * 1000)
             return
         audit.answer = {price: size for price, size, _ in book.bids}, {price: size for price, size, _ in book.asks}
-        audit.time_us, audit.answered_ns = _us(book.time), self.emit.rcv_us * 1000
+        audit.time_us, audit.is_answered = _us(book.time), True
         audit.cost_ns = time.perf_counter_ns() - began
 
     def _compare(self, audit: _Audit) -> None:
@@ -615,15 +639,14 @@ class CoinbaseExchange(Venue):
 
     def _on_ticker(self) -> Decode:
         known: dict[str, tuple[Instrument, list[int]]] = {}  # ticker -> instrument, newest sequence and time
-        emit, left = self.emit, _tickers_left(self.emit)
+        emit = self.emit
 
         def on_ticker(frame: bytes) -> None:
             t = _decode_ticker(frame)
             found = known.get(t.product_id)
             if found is None:
                 self.admit(t.product_id)
-                before = [1 << 62, left[t.product_id]] if t.product_id in left else [-1, -1]
-                found = known[t.product_id] = emit.instrument(t.product_id), before
+                found = known[t.product_id] = emit.instrument(t.product_id), [-1, -1]
             instrument, newest = found
             timestamp = _us(t.time)
             if t.sequence <= newest[0] and timestamp <= newest[1]:  # a subscription begins with the last one
@@ -667,7 +690,9 @@ class CoinbaseExchange(Venue):
             trades = [_trade_row(t) for t in decode_body(_decode_trades, body)]
             after, limit = (_whole(query[name][0]) for name in ("after", "limit"))
             self.trade_sync(ticker).repaired(after - limit, trades)
-        elif path[-1] not in ("products", "time"):
+        elif path[-1] == "products":
+            self.take_instruments(url, body)
+        elif path[-1] != "time":
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -686,6 +711,12 @@ def _subscriptions(name: str) -> list[tuple[str, str]]:
     """Channel and product of everything that a stream subscribes to."""
     channel, _, ticker = name.partition(":")
     return [(each, ticker) for each in _CHANNELS.get(channel, (channel,))]
+
+
+def _is_met(request: tuple[str, list[str]], listed: set[tuple[str, str]]) -> bool:
+    """Whether a reply that lists this may be the answer to a request to subscribe."""
+    what, names = request
+    return what == "subscribe" and all(listed.issuperset(_subscriptions(name)) for name in names)
 
 
 def _public(name: str) -> str:
@@ -715,15 +746,6 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise FrameError("unhandled_url", text)
     return int(text)
-
-
-def _tickers_left(emit: Emit) -> dict[str, int]:
-    """Time of the last ticker that an earlier life of this connector published, per instrument."""
-    ring = emit.rings.get("tickers")
-    if ring is None or not ring.next:
-        return {}
-    codes, times = ring.recent_columns("ticker", "timestamp")
-    return {ring.tickers[code]: int(found) for code, found in zip(codes.tolist(), times.tolist(), strict=True)}
 
 
 VENUES = (CoinbaseExchange,)

@@ -134,6 +134,10 @@ class CoinbaseExchange(Venue):
     def listed(self, book: Book, t: int) -> None:
         self.products[book.instrument.ticker] = _Product(book, t)
 
+    def delisted(self, book: Book, t: int) -> None:
+        self._batches(t)
+        del self.products[book.instrument.ticker]
+
     # The market put into words.
 
     def _publish(self, channel: str, product: _Product, text: str, first: int, last: int) -> None:
@@ -311,6 +315,8 @@ class CoinbaseExchange(Venue):
                 self.exchange.unsubscribe(session, f"{channel}:{ticker}")
             self._reply(session)
             return
+        if self.exchange.ignored(session, {f"{channel}:{ticker}": ticker for channel, ticker in pairs}):
+            return
         has_login = self._has_login(message)
         for channel, ticker in pairs:
             self._check(session, channel, ticker, has_login)
@@ -397,35 +403,36 @@ class CoinbaseExchange(Venue):
             now = self.exchange.clock_us()
             return Reply(_json({"iso": stamp(now), "epoch": now / 1e6}))
         if parts == ["products"]:
-            return Reply(_json([self._described(product) for product in self.products.values()]))
+            return Reply(_json([self._described(name) for name in (*self.products, *self.exchange.halted)]))
         product = self.products.get(parts[1]) if parts[0] == "products" and len(parts) in (2, 3) else None
         answers: dict[str, Callable[[_Product, Request], Reply]] = {
             "book": self._book, "trades": self._trades, "ticker": self._ticker_now,
-            "": lambda found, _: Reply(_json(self._described(found))),
+            "": lambda found, _: Reply(_json(self._described(found.name))),
         }  # fmt: skip
         answer = answers.get(parts[2] if len(parts) == 3 else "")
         if product is None or answer is None:
             return Reply('{"message":"NotFound"}', 404)
         return answer(product, request)
 
-    @staticmethod
-    def _described(product: _Product) -> dict[str, object]:
-        instrument = product.book.instrument
+    def _described(self, name: str) -> dict[str, object]:
+        halted = self.exchange.halted.get(name)
+        instrument = halted or self.products[name].book.instrument
+        scale = instrument.price_scale + self.exchange.finer[name]
         return {
-            "id": product.name,
+            "id": name,
             "base_currency": instrument.base,
             "quote_currency": instrument.quote,
-            "quote_increment": product.price(1),
-            "base_increment": product.size(1),
+            "quote_increment": plain(instrument.tick // 10 ** (8 - instrument.price_scale), scale),
+            "base_increment": plain(instrument.lot, 8),
             "display_name": f"{instrument.base}/{instrument.quote}",
             "min_market_funds": "1",
             "margin_enabled": False,
             "post_only": False,
             "limit_only": False,
             "cancel_only": False,
-            "status": "online",
+            "status": "delisted" if halted else "online",
             "status_message": "",
-            "trading_disabled": False,
+            "trading_disabled": halted is not None,
             "fx_stablecoin": False,
             "auction_mode": False,
         }
