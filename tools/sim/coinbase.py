@@ -69,7 +69,7 @@ class _Product:
         best = []
         for side, better in ((BID, max), (ASK, min)):
             shown = [(price, self.book.level(side, price)) for of, price in self.book.phantoms if of == side]
-            best.append(better(self.book.best(side), *shown))
+            best.append(better([self.book.best(side), *shown]))
         return best[BID], best[ASK]
 
     def published(self) -> tuple[list[Level], list[Level]]:
