@@ -53,6 +53,14 @@ class Line:
         self.venue.wants.clear()
         return found
 
+    def answered(self) -> list[dict[str, Any]]:
+        """The same, and the venue answers all of it."""
+        messages = self.sent()
+        for _ in messages:
+            names = {key: list(TICKERS) for key in ("level2", "market_trades", "ticker", "candles")}
+            self.take("subscriptions", {"subscriptions": {**names, "heartbeats": ["heartbeats"]}})
+        return messages
+
     def raw(self, frame: bytes) -> str:
         """Decode; the reason of a refusal, "" when it was taken."""
         self.now_ns += 1_000_000
@@ -174,21 +182,21 @@ def test_a_rate_limit_ends_the_connection_for_a_slower_one(line: Line) -> None:
 
 
 def test_a_missing_number_costs_every_book_and_a_repeated_one_nothing(line: Line) -> None:
+    line.answered()
     line.live()
     assert line.take("heartbeats", {"current_time": "x", "heartbeat_counter": 7}) == ""
     assert line.take("heartbeats", {"current_time": "x", "heartbeat_counter": 99}, number=line.number - 1) == ""
     assert line.emit.counters["sequence_duplicate"] == 1
     assert line.states() == dict.fromkeys(TICKERS, "live")
     line.number += 1
-    line.sent()
     assert line.take("ticker", {"type": "update", "tickers": [{"product_id": "AA-USD", "price": "10"}]}) == ""
     assert line.states() == dict.fromkeys(TICKERS, "broken")
     assert line.gaps() == [
-        ("orderbook_l2", "AA-USD", "sequence"), ("orderbook_l2", "BB-USD", "sequence"), ("tickers", "*", "sequence"),
-        ("candles", "*", "sequence"),
+        ("orderbook_l2", "AA-USD", "sequence"), ("orderbook_l2", "BB-USD", "sequence"), ("bbo", "*", "sequence"),
+        ("tickers", "*", "sequence"), ("candles", "*", "sequence"),
     ]  # fmt: skip
     line.venue.tick(line.now_ns)
-    kinds = [(m["type"], m["channel"], m["product_ids"]) for m in line.sent()]
+    kinds = [(m["type"], m["channel"], m["product_ids"]) for m in line.answered()]
     assert sorted(kinds) == sorted(
         (kind, channel, list(TICKERS)) for kind in ("subscribe", "unsubscribe")
         for channel in ("market_trades", "level2", "candles")
@@ -235,12 +243,15 @@ def test_a_refused_book_message_costs_its_own_book_and_is_not_applied_by_half(
     line.live()
     good = book_event("update", START + 1, ("bid", "9", "1"), ticker="BB-USD")
     bad = {**book_event("update", START + 1, ("bid", "9", "1")), **wrong}
+    line.answered()
     assert line.take("l2_data", bad, good)
+    assert line.take("heartbeats", {"heartbeat_counter": 1}) == "", (
+        "the message behind it shows that it was the venue's"
+    )
     assert line.states() == {"AA-USD": "broken", "BB-USD": "live"}
     assert line.venue.books["BB-USD"].book()[0] == {10.0: 1.0}, "an event of a refused message"
     assert line.take("l2_data", book_event("update", START + 2, ("offer", "12", "1"), ticker="BB-USD")) == ""
     assert line.states()["BB-USD"] == "live"
-    line.sent()
     line.venue.tick(line.now_ns)
     assert {(m["channel"], *m["product_ids"]) for m in line.sent()} == {("level2", "AA-USD")}
 
@@ -263,12 +274,40 @@ def test_a_number_that_is_none_is_refused(number: bytes, line: Line) -> None:
 
 
 def test_a_book_whose_snapshot_was_refused_is_asked_for(line: Line) -> None:
+    line.answered()
     assert line.book("snapshot", START, ("bid", "10", "-1"))
-    line.sent()
+    line.take("heartbeats", {"heartbeat_counter": 1})
     line.venue.tick(line.now_ns)
     assert [(m["type"], m["channel"], m["product_ids"]) for m in line.sent()] == [
         ("unsubscribe", "level2", ["AA-USD"]), ("subscribe", "level2", ["AA-USD"])
     ]  # fmt: skip
+
+
+def test_a_message_in_fragments_costs_nothing(line: Line) -> None:
+    """The transport tries each fragment: the first one of a message names its number, and so does the whole."""
+    line.live()
+    whole = line.frame("l2_data", book_event("update", START + 1, ("bid", "9", "1")))
+    for cut in (20, 60, 150, 200, len(whole) - 3):
+        assert line.raw(whole[:cut])
+        assert line.raw(whole[cut:])
+        assert line.raw(whole) == ""
+        whole = line.frame("l2_data", book_event("update", START + cut, ("bid", "9", str(cut))))
+    assert line.states() == dict.fromkeys(TICKERS, "live")
+    assert not [name for name in line.emit.counters if name.startswith(("lost_", "sequence_"))]
+
+
+def test_a_book_of_an_earlier_connection_is_not_continued(line: Line) -> None:
+    """The first snapshot of the new connection is missing (the stream was silent): its changes say nothing."""
+    line.live()
+    line.venue.disconnected("reconnect")
+    line.number = 0
+    line.venue.opened()
+    line.answered()
+    line.book("update", START + 9, ("bid", "9", "1"))
+    assert line.states() == {"AA-USD": "broken", "BB-USD": "live"}
+    assert ("orderbook_l2", "AA-USD", "reconnect") in line.gaps()
+    line.venue.tick(line.now_ns)
+    assert {(m["channel"], *m["product_ids"]) for m in line.sent()} == {("level2", "AA-USD")}
 
 
 # Best prices

@@ -81,6 +81,7 @@ class Model:
         self.told_us: dict[str, int] = {}
         self.trades: dict[str, PlainTrades] = {}
         self.candles: dict[str, Any] = {}
+        self.holes: dict[tuple[str, str], int] = {}  # what no snapshot ends before the recording does
         self.number = -1
         self.heard = -1
         self.after: list[tuple[str, int, int]] = []  # ticker, update id, rows of each book message
@@ -88,11 +89,19 @@ class Model:
     def run(self, recorded: Iterable[Line]) -> "Model":
         for entry in recorded:
             self.step(entry)
+        now = self.expected.rcv, self.expected.packet
         for ticker, held in self.held.items():
             for levels, update_id, timestamp, rcv, packet in held:
                 self.expected.rcv, self.expected.packet = rcv, packet
                 self._rows(ticker, levels, update_id, timestamp, INVALID)
+        self.expected.rcv, self.expected.packet = now
+        for (feed, ticker), from_us in self.holes.items():
+            self._hole(feed, ticker, from_us, "resync")
         return self
+
+    def _hole(self, feed: str, ticker: str, from_us: int, cause: str) -> None:
+        self.expected.gap(feed, ticker, -1, -1, from_us, self.expected.rcv, cause)
+        self.expected.rows["gaps"][-1] |= {"first_id": None, "last_id": None}
 
     def step(self, entry: Line) -> None:
         self.expected.packet += 1
@@ -116,9 +125,10 @@ class Model:
                 first = self.last[ticker] + 1
                 e.gap("orderbook_l2", ticker, first, max(first, e.rcv), self.last_time[ticker], e.rcv, "sequence")
                 self.state[ticker] = "broken"
-        for feed in ("tickers", "candles"):
-            e.gap(feed, "*", -1, -1, self.heard, e.rcv, "sequence")
-            e.rows["gaps"][-1] |= {"first_id": None, "last_id": None}
+                self.holes["bbo", ticker] = self.heard
+        for feed in ("bbo", "tickers", "candles"):
+            self._hole(feed, "*", self.heard, "sequence")
+        self.holes |= dict.fromkeys((("candles", ticker) for ticker in self.candles), self.heard)
         self.candles = dict.fromkeys(self.candles)
 
     last_time: dict[str, int]
@@ -380,7 +390,8 @@ def test_every_frame_taken_out_breaks_every_book_of_the_connection(channel: str,
         t for line in lines()[at : at + length] for e in message(line)["events"] for t in e.get("trades", [])
     ]
     books = {("orderbook_l2", ticker, "sequence"): 1 for ticker in ("BTC-USD", "ETH-USD")}
-    others = {(feed, "*", "sequence"): 1 for feed in ("tickers", "candles")}
+    others = {(feed, "*", "sequence"): 1 for feed in ("bbo", "tickers", "candles")}
+    others |= {(feed, t, "resync"): 1 for feed in ("bbo", "candles") for t in ("BTC-USD", "ETH-USD")}
     trades = {("trades", t["product_id"], "sequence"): 1 for t in missed_trades}
     assert found == books | others | trades
     assert report.counters["lost_sequence"] == 1
