@@ -217,7 +217,7 @@ def test_an_alias_is_named_in_the_refusal(tmp_path: Path) -> None:
 def test_a_snapshot_of_40000_levels(start: Start) -> None:
     """F16. Several MB in one message, on the wire and into the ring."""
     fleet = start(
-        tickers=["BTC-USD"], sim_tickers="BTC-USD:1", sim=("--depth", "20000"), feeds=("trades", "orderbook_l2")
+        tickers=["BTC-USD"], sim_tickers="BTC-USD:1", sim=("--depth", "21000"), feeds=("trades", "orderbook_l2")
     )
     fleet.wait_more("orderbook_l2", 60)
     proof = fleet.finish(to_the_end=False)
