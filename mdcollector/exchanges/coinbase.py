@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -371,7 +371,16 @@ class Coinbase(Venue):
         self._ask_for("subscribe", names)
 
     def unsubscribe(self, names: Sequence[str]) -> None:
+        self._leave(names)
         self._ask_for("unsubscribe", names)
+
+    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
+        super().remove(tickers, connected=connected)
+        for ticker in tickers:
+            self._book_takers.pop(ticker, None)
+            self._candles.pop(ticker, None)
+            for feed in ("bbo", "candles"):
+                self._end_hole(feed, ticker)
 
     def _ask_for(self, kind: str, names: Sequence[str]) -> None:
         by_channel: dict[str, list[str]] = {}
@@ -408,10 +417,11 @@ class Coinbase(Venue):
     def tick(self, now_ns: int) -> None:
         while self._requests and now_ns - self._requests[0].asked_ns > RESUBSCRIBE_RETRY_NS:
             self._requests.popleft()  # its answer was lost
+        for name in self._again.keys() - self.proof.keys():
+            del self._again[name]  # no longer wanted
         due = [name for name, asked_ns in self._again.items() if now_ns - asked_ns > RESUBSCRIBE_RETRY_NS]
         if due and not self._requests and now_ns - self._again_ns > RESUBSCRIBE_EVERY_NS:
             self._again_ns = now_ns
-            self._leave(due)
             self.unsubscribe(due)  # a channel that is subscribed already may bring no snapshot
             self.subscribe(due)
             for name in due:
@@ -757,8 +767,9 @@ class Coinbase(Venue):
         self.wants.append(Fetch(f"trades {ticker} {first}", path, 1, answer))
 
     def http(self, url: str, body: bytes) -> None:
-        if not urlsplit(url).path.endswith("/market/products"):
+        if not urlsplit(url).path.endswith(_REST):
             raise FrameError("unhandled_url", url)
+        self.take_instruments(url, body)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
         self.emit.counters["trade_repair_refused"] += 1
