@@ -4,6 +4,8 @@ import base64
 import importlib
 import itertools
 import json
+import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from recorded import DATA, needs_data
+from test_decode_hostile import Probe, mutated
 
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
@@ -519,3 +523,42 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
     with pytest.raises(ConfigError, match=r"mdcollector\[coinbase\]"):
         Line(tmp_path, credentials={"key_name": "n", "private_key": "k"})
+
+
+# Mutations of real frames
+
+
+@needs_data
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_frames(seed: int, tmp_path: Path) -> None:
+    """Whatever comes is taken or refused for a reason, no impossible number is stored, and what follows is not lost."""
+    rng = random.Random(seed)
+    folder = DATA / "coinbase"
+    frames = [path.read_text() for path in sorted((folder / "samples").glob("*.json")) if path.stat().st_size < 20_000]
+    frames = [json.dumps(json.loads(frame), separators=(",", ":")) for frame in frames]
+    one = Probe("coinbase", tmp_path)
+    kinds = set()
+    for number in range(1500):
+        frame = rng.choice(frames)
+        numbered = re.sub(r'"sequence_num":\d+', f'"sequence_num":{number}', frame)  # else each one would be a jump
+        one.feed(mutated(numbered, rng))
+        one.venue.wants.clear()
+    kinds = {name for name in one.emit.counters if name.startswith("refused_")}
+    assert len(kinds) >= 5, kinds
+    assert one.refused > 400, "the mutations do not bite"
+    calm, at = "CALM-USD", one.now_ns // 1000
+    frames_of_calm = [
+        ("l2_data", book_event("snapshot", at, ("bid", "1", "1"), ("offer", "2", "1"), ticker=calm)),
+        ("market_trades", trades("update", 7, ticker=calm)),
+        ("l2_data", book_event("update", at + 1, ("bid", "1.5", "3"), ticker=calm)),
+        ("market_trades", trades("update", 8, 9, ticker=calm)),
+    ]
+    for number, (channel, event) in enumerate(frames_of_calm, 2000):
+        message = {"channel": channel, "timestamp": stamp(at), "sequence_num": number, "events": [event]}
+        assert one.feed(message), one.emit.samples
+    assert one.trades(calm) == [7, 8, 9]
+    assert one.venue.books[calm].book() == ({1.0: 1.0, 1.5: 3.0}, {2.0: 1.0})
+    for _ in one.venue.finish():
+        pass
+    one.sane()
+    one.emit.close()
