@@ -230,9 +230,12 @@ _decode_rest_trades = msgspec.json.Decoder(_RestTrades, strict=False).decode
 def _second_us(text: str) -> int:
     """us since the epoch of a time like 2026-08-09T21:05:48; the same second comes many times."""
     try:
-        return int(datetime.fromisoformat(f"{text}+00:00").timestamp()) * 1_000_000
+        us = int(datetime.fromisoformat(f"{text}+00:00").timestamp()) * 1_000_000
     except ValueError as error:
         raise FrameError("unknown_time", text[:40]) from error
+    if us >= TIME_MAX_US:
+        raise FrameError("absurd_number", f"time={text}")
+    return us
 
 
 def time_us(text: str) -> int:
@@ -241,14 +244,13 @@ def time_us(text: str) -> int:
     0 where the text stands for no time (1970 and before, as Go writes its zero). FrameError when it is no such time.
     """
     digits = text[20:-1]
+    if len(text) == 27 and text[10] + text[19] + text[26] == "T.Z" and digits.isascii() and digits.isdigit():
+        return max(0, _second_us(text[:19]) + int(digits))  # microseconds, as nearly all are
     if text[-1:] != "Z" or text[10:11] != "T" or len(text) == 21 or len(text) > 30 or text[19:20] not in (".", "Z"):
         raise FrameError("unknown_time", text[:40])
     if digits and not (digits.isascii() and digits.isdigit()):
         raise FrameError("unknown_time", text[:40])
-    us = _second_us(text[:19]) + int(f"{digits:0<6}"[:6])
-    if us >= TIME_MAX_US:
-        raise FrameError("absurd_number", f"time={text}")
-    return max(0, us)
+    return max(0, _second_us(text[:19]) + int(f"{digits:0<6}"[:6]))
 
 
 def follows(last_id: int, _first: int, _last: int, prev: int) -> int:
@@ -382,23 +384,25 @@ class Coinbase(Venue):
             for feed in ("bbo", "candles"):
                 self._end_hole(feed, ticker)
 
-    def _ask_for(self, kind: str, names: Sequence[str]) -> None:
-        by_channel: dict[str, list[str]] = {}
-        for name in names:
-            channel, _, product = name.partition(":")
-            by_channel.setdefault(channel, []).append(product)
-        for channel, products in by_channel.items():
-            for i in range(0, len(products), PRODUCTS_PER_MESSAGE):
-                self._ask(kind, channel, products[i : i + PRODUCTS_PER_MESSAGE])
+    def closing(self) -> list[str]:
+        names = [stream.name for stream in self.streams]
+        return [self._message("unsubscribe", *part) for part in _by_channel(names)]
 
-    def _ask(self, kind: str, channel: str, products: list[str]) -> None:
+    def _ask_for(self, kind: str, names: Sequence[str]) -> None:
+        for channel, products in _by_channel(names):
+            self._ask(kind, channel, products)
+
+    def _message(self, kind: str, channel: str, products: list[str]) -> str:
         message: dict[str, Any] = {"type": kind, "channel": channel}
         if products:
             message["product_ids"] = products
         if self._sign is not None:
             message["jwt"] = self._sign()
+        return msgspec.json.encode(message).decode()
+
+    def _ask(self, kind: str, channel: str, products: list[str]) -> None:
         self._requests.append(_Request(kind, channel, products, self._sign is not None, time.time_ns()))
-        self.wants.append(Send(msgspec.json.encode(message).decode()))
+        self.wants.append(Send(self._message(kind, channel, products)))
 
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
@@ -642,7 +646,22 @@ class Coinbase(Venue):
         self._again.setdefault(f"level2:{book.instrument.ticker}", 0)
 
     def _on_trades(self, frame: bytes) -> None:
-        for event, rows in [(event, self._rows_of(event)) for event in _decode_trades(frame).events]:
+        events: list[TradesEvent] = _decode_trades(frame).events
+        if len(events) == 1 and len(events[0].trades) == 1:  # the common case, in half the time
+            trade = events[0].trades[0]
+            sync = self.trade_syncs.get(trade.product_id)
+            side, timestamp = _TAKER.get(trade.side), time_us(trade.time)
+            if (
+                sync is not None
+                and trade.trade_id == sync.last + 1
+                and side
+                and timestamp
+                and events[0].type == "update"
+            ):
+                self.emit.trade(sync.instrument, timestamp, side, trade.price, trade.size, trade.trade_id)
+                sync.last, sync.last_time = trade.trade_id, timestamp
+                return
+        for event, rows in [(event, self._rows_of(event)) for event in events]:
             for ticker, trades in rows.items():
                 if event.type == "snapshot":
                     self.trade_sync(ticker).greeted(trades)
@@ -774,6 +793,16 @@ class Coinbase(Venue):
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
         self.emit.counters["trade_repair_refused"] += 1
         self.notes[f"{fetch.key.split(' ')[1]} repair refused"] = f"HTTP {status} {body[:200].decode(errors='replace')}"
+
+
+def _by_channel(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Products by channel, as many as one message may name."""
+    products: dict[str, list[str]] = {}
+    for name in names:
+        channel, _, product = name.partition(":")
+        products.setdefault(channel, []).append(product)
+    size = PRODUCTS_PER_MESSAGE
+    return [(channel, some[i : i + size]) for channel, some in products.items() for i in range(0, len(some), size)]
 
 
 def _trades_path(ticker: str, **query: int) -> str:
