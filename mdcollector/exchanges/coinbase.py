@@ -385,8 +385,7 @@ class Coinbase(Venue):
                 self._end_hole(feed, ticker)
 
     def closing(self) -> list[str]:
-        names = [stream.name for stream in self.streams]
-        return [self._message("unsubscribe", *part) for part in _by_channel(names)]
+        return [self._message("unsubscribe", "heartbeats", [])]  # one: the limit of messages holds here, too
 
     def _ask_for(self, kind: str, names: Sequence[str]) -> None:
         for channel, products in _by_channel(names):
