@@ -65,6 +65,8 @@ def test_a_jump_on_a_heartbeat_breaks_every_book_and_all_come_back(start: Start)
 def test_a_heartbeat_counter_that_skips_is_a_loss_too(start: Start) -> None:
     """The server left heartbeats out before it numbered them."""
     fleet = start()
+    fleet.sim.wait_state(lambda state: state["connections"][0]["seconds"] > 3, 30)  # some heartbeats are there
+    fleet.wait_more("trades")
     fleet.sim.fault("no_heartbeat_answer", seconds=2.5)
     fleet.wait_counter("lost_heartbeat")
     assert fleet.counter("lost_sequence") == 0
