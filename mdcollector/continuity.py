@@ -465,6 +465,7 @@ class _Hole(NamedTuple):
     first: int
     last: int
     whole: tuple[int, int]
+    since: int = -1  # time of the trade before it
 
 
 class TradeSync:
@@ -687,6 +688,11 @@ class TradeSync:
         """The connection ended: a hole that shows next is its doing."""
         self.cause, self._cause_seq = cause, self.last
 
+    def since(self, seq: int) -> int:
+        """Time of the trade before the hole that holds this counter, or before what is not known yet; -1 = unknown."""
+        hole = self._hole_with(seq)
+        return self.last_time if hole is None else hole.since
+
     def _hole_with(self, seq: int) -> _Hole | None:
         return next((hole for hole in self._holes if hole.first <= seq <= hole.last), None)
 
@@ -695,7 +701,7 @@ class TradeSync:
             "trades", self.instrument.ticker, first_id=first, last_id=last,
             from_time=self.last_time, to_time=timestamp, cause=cause,
         )  # fmt: skip
-        self._holes.append(_Hole(first, last, (first, last)))
+        self._holes.append(_Hole(first, last, (first, last), self.last_time))
         self._forget()
         if repair:
             self._want_hole(first, last)
@@ -712,7 +718,7 @@ class TradeSync:
         if hole is None:
             return False
         at = self._holes.index(hole)
-        rest = [_Hole(hole.first, first - 1, hole.whole), _Hole(last + 1, hole.last, hole.whole)]
+        rest = [hole._replace(last=first - 1), hole._replace(first=last + 1)]
         self._holes[at : at + 1] = [part for part in rest if part.first <= part.last]
         if all(part.whole != hole.whole for part in self._holes):
             self._filled.append(hole.whole)

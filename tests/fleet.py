@@ -274,7 +274,7 @@ class Fleet:
     def prove(self, *, book_stream: str = "", to_the_end: bool = False) -> Proof:
         return prove(
             self.sim.ledger(), self.data, self.rings, self.exchange, feeds=self.feeds, book_stream=book_stream,
-            intervals=INTERVALS.get(self.exchange, ["1m"]), to_the_end=to_the_end,
+            to_the_end=to_the_end,
         )  # fmt: skip
 
     def rows(self, feed: str, name: str = NAME) -> list[dict[str, Any]]:

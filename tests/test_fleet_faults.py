@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import BOOK_STREAMS, TICKERS, TRADE_STREAMS, Fleet, until
+from fleet import BOOK_STREAMS, NUMBERED_CONNECTIONS, TICKERS, TRADE_STREAMS, Fleet, until
 
 from mdcollector.budget import Budget
 from mdcollector.connector import WEIGHT_SHARE
@@ -17,6 +17,8 @@ from mdcollector.records import Flag
 
 EXCHANGES = tuple(TICKERS)
 both_venues = pytest.mark.parametrize("exchange", EXCHANGES)
+# Where each instrument has a number of its own. Venues that number the connection have tests of their own for these.
+own_numbers = pytest.mark.parametrize("exchange", [e for e in EXCHANGES if e not in NUMBERED_CONNECTIONS])
 
 Start = Callable[..., Fleet]
 
@@ -40,7 +42,7 @@ def agrees(fleet: Fleet, **options: Any) -> None:
 # Missing, doubled and reordered messages
 
 
-@both_venues
+@own_numbers
 def test_one_missing_book_event_resyncs_only_that_book(start: Start, exchange: str) -> None:
     fleet = start(exchange)
     hit, *others = fleet.tickers
@@ -108,7 +110,7 @@ def test_missing_trades_are_fetched_and_stand_in_the_table_once(start: Start, ex
     assert not [cause for feed, cause in proof.gaps if feed == "trades"], "every hole in the trades is repaired"
 
 
-@both_venues
+@own_numbers
 def test_duplicated_and_reordered_frames(start: Start, exchange: str) -> None:
     """F11. Feeds with ids come out exactly once and in order; a doubled frame of the others is what was sent."""
     fleet = start(exchange, feeds=("trades", "orderbook_l2"))
@@ -197,7 +199,7 @@ def test_a_refused_handshake_is_not_repeated_before_retry_after(start: Start) ->
 # The life of a connection
 
 
-@both_venues
+@own_numbers
 def test_rollover_loses_and_doubles_no_row_in_any_feed(start: Start, exchange: str) -> None:
     """F5. The connection is replaced while it works: make before break, with every feed."""
     fleet = start(exchange, lifetime_s=3.0, rate=150)
@@ -298,9 +300,12 @@ def test_a_frozen_connection_is_given_up(start: Start, exchange: str) -> None:
 def test_heartbeats_do_not_count_as_data(start: Start, exchange: str) -> None:
     """All streams go silent but the venue's heartbeats come on: the connection is given up all the same.
 
-    (A binance ping comes each half second; on Deribit a heartbeat or a test_request each 0.3 s; OKX sends none.)
+    (A binance ping comes each half second; on Deribit and Coinbase heartbeats come each 0.3 s; OKX sends none.)
     """
-    limits = {"binance_spot": "ping_every_s=0.5", "deribit": "heartbeat_scale=0.02", "okx": "silent_s=30"}
+    limits = {
+        "binance_spot": "ping_every_s=0.5", "deribit": "heartbeat_scale=0.02", "okx": "silent_s=30",
+        "coinbase": "heartbeat_s=0.3",
+    }  # fmt: skip
     limit = limits[exchange]
     fleet = start(exchange, stale_s=2.0, sim=("--limit", limit))
     fleet.sim.fault("silence", seconds=3)
@@ -311,7 +316,7 @@ def test_heartbeats_do_not_count_as_data(start: Start, exchange: str) -> None:
     agrees(fleet)
 
 
-@both_venues
+@own_numbers
 def test_refused_subscription_leaves_the_others_alone(start: Start, exchange: str) -> None:
     """A venue that refuses once is counted, shown, and does not stop the process."""
     fleet = start(exchange)

@@ -2,7 +2,7 @@
 
 Run by `test_sim_cryptofeed.py` in an environment of its own that has cryptofeed and nothing of this project:
 
-    python thirdparty_cryptofeed.py BINANCE|BINANCE_FUTURES|DERIBIT|OKX WS_URL REST_URL SECONDS SYMBOL...
+    python thirdparty_cryptofeed.py BINANCE|BINANCE_FUTURES|COINBASE|DERIBIT|OKX WS_URL REST_URL SECONDS SYMBOL...
 
 Only the addresses (class attributes that the library has for this purpose), the TLS context and the credentials are set.
 """
@@ -15,11 +15,11 @@ import sys
 from cryptofeed import FeedHandler
 from cryptofeed.connection import RestEndpoint, WebsocketEndpoint
 from cryptofeed.defines import L2_BOOK, TRADES
-from cryptofeed.exchanges import OKX, Binance, BinanceFutures, Deribit
+from cryptofeed.exchanges import OKX, Binance, BinanceFutures, Coinbase, Deribit
 
 FEEDS = {
-    "BINANCE": (Binance, ""), "BINANCE_FUTURES": (BinanceFutures, ""), "DERIBIT": (Deribit, "/ws/api/v2"),
-    "OKX": (OKX, "/ws/v5/public"),
+    "BINANCE": (Binance, ""), "BINANCE_FUTURES": (BinanceFutures, ""), "COINBASE": (Coinbase, ""),
+    "DERIBIT": (Deribit, "/ws/api/v2"), "OKX": (OKX, "/ws/v5/public"),
 }  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def main():
     feed, path = FEEDS[name]
     feed.websocket_endpoints = [WebsocketEndpoint(ws_url + path, options={"ssl": ssl.create_default_context()})]
     feed.rest_endpoints = [RestEndpoint(rest_url, routes=feed.rest_endpoints[0].routes)]
-    config = {"log": {"disabled": True}, "uvloop": False, "deribit": {"key_id": "someone", "key_secret": "secret"}}
+    key = {"key_id": "someone", "key_secret": "secret"}
+    config = {"log": {"disabled": True}, "uvloop": False, "deribit": key, "coinbase": key}
     handler = FeedHandler(config=config)
     made = feed(
         config=config,

@@ -93,12 +93,13 @@ def prove(
     *,
     feeds: Sequence[str] = DATA_FEEDS,
     book_stream: str = "",
-    intervals: Sequence[str] = ("1m",),
+    intervals: Sequence[str] = (),
     snapshot_levels: int = 0,
     to_the_end: bool = False,
 ) -> Proof:
     """Compare the tables below `out` (and the rings, where they are named) with the ledger of `exchange`.
 
+    `intervals` are those of the recorded candles: one minute, or all that a venue without it has, when none is named.
     `book_stream` is the speed that was recorded, if it is not the venue's usual one; `snapshot_levels` the levels that
     a snapshot was asked for, if books are deeper than that. `to_the_end`: nothing after the last row may be missing
     either, for runs whose market stood still before they were stopped.
@@ -180,9 +181,12 @@ class _Comparison:
         self, truth: Ledger, out: Path, book_stream: str, intervals: Sequence[str], snapshot_levels: int, to_end: bool
     ) -> None:
         self.truth, self.out, self.to_end = truth, out, to_end
-        self.intervals, self.snapshot_levels = intervals, snapshot_levels
+        self.snapshot_levels = snapshot_levels
         name = truth.start["exchange"]
-        self.dialect, self.exchange = venues()[name].dialect, name.upper()
+        kind = venues()[name]
+        self.dialect, self.exchange = kind.dialect, name.upper()
+        has_minutes = self.dialect.intervals.get("1m", "1m") in kind.intervals
+        self.intervals = intervals or (("1m",) if has_minutes else tuple(kind.intervals))
         self.stream = book_stream or self.dialect.book_stream
         self.proof = Proof(name, faults=truth.faults_fired())
         self.holes: dict[str, _Holes] = {}

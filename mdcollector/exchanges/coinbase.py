@@ -19,14 +19,14 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
-from mdcollector.continuity import BROKEN, LEVELS_MAX, LIVE, NEXT, OLD, BookSync, TradeRow
+from mdcollector.continuity import LEVELS_MAX, LIVE, NEXT, OLD, BookSync, TradeRow
 from mdcollector.emit import PRICE_MAX, QTY_MAX, TIME_MAX_US, TRADES_MAX, Emit
 from mdcollector.errors import ConfigError, FrameError
 from mdcollector.exchanges import (
@@ -49,6 +49,7 @@ RESUBSCRIBE_EVERY_NS = 1_000_000_000  # what is to be subscribed anew goes toget
 RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked for again
 TRADES_PER_REQUEST = 1000
 TRADE_PAGES_MAX = 60  # of one hole: more than TradeSync asks for at once
+DAY_S = 86_400  # so far back for trades of before a hole whose begin is not known
 CLOCK_AHEAD_S = 60  # the venue's clock may be so far ahead of ours when a time range is asked for
 CANDLE_AHEAD_MAX_US = 3_600_000_000  # a candle that starts later than this from now is a broken frame
 JWT_VALID_S = 120
@@ -229,9 +230,12 @@ _decode_rest_trades = msgspec.json.Decoder(_RestTrades, strict=False).decode
 def _second_us(text: str) -> int:
     """us since the epoch of a time like 2026-08-09T21:05:48; the same second comes many times."""
     try:
-        return int(datetime.fromisoformat(f"{text}+00:00").timestamp()) * 1_000_000
+        us = int(datetime.fromisoformat(f"{text}+00:00").timestamp()) * 1_000_000
     except ValueError as error:
         raise FrameError("unknown_time", text[:40]) from error
+    if us >= TIME_MAX_US:
+        raise FrameError("absurd_number", f"time={text}")
+    return us
 
 
 def time_us(text: str) -> int:
@@ -240,14 +244,13 @@ def time_us(text: str) -> int:
     0 where the text stands for no time (1970 and before, as Go writes its zero). FrameError when it is no such time.
     """
     digits = text[20:-1]
+    if len(text) == 27 and text[10] + text[19] + text[26] == "T.Z" and digits.isascii() and digits.isdigit():
+        return max(0, _second_us(text[:19]) + int(digits))  # microseconds, as nearly all are
     if text[-1:] != "Z" or text[10:11] != "T" or len(text) == 21 or len(text) > 30 or text[19:20] not in (".", "Z"):
         raise FrameError("unknown_time", text[:40])
     if digits and not (digits.isascii() and digits.isdigit()):
         raise FrameError("unknown_time", text[:40])
-    us = _second_us(text[:19]) + int(f"{digits:0<6}"[:6])
-    if us >= TIME_MAX_US:
-        raise FrameError("absurd_number", f"time={text}")
-    return max(0, us)
+    return max(0, _second_us(text[:19]) + int(f"{digits:0<6}"[:6]))
 
 
 def follows(last_id: int, _first: int, _last: int, prev: int) -> int:
@@ -262,6 +265,7 @@ class _Request(NamedTuple):
     channel: str
     products: list[str]
     signed: bool
+    asked_ns: int
 
 
 class _OpenCandle(NamedTuple):
@@ -320,12 +324,13 @@ class Coinbase(Venue):
         self._sign = _signer(options.credentials) if options.credentials else None
         self._requests: deque[_Request] = deque()
         self._next = -1  # number that the next message must have; -1 = any
-        self._refused = -1  # number of the last message, if it was refused
+        self._refused = (-1, b"")  # number of the last message, if it was refused, and its begin
         self._heartbeat = -1
         self._heard_us = -1  # receive time of the last message in sequence
         self._book_takers: dict[str, Callable[[_Update], None]] = {}
         self._candles: dict[str, _OpenCandle] = {}
-        self._candles_from_us: dict[str, int] = {}  # product whose candles wait for a snapshot -> since when
+        self._holes: dict[tuple[str, str], int] = {}  # feed without ids and product -> since when rows may be missing
+        self._connection = 0
         self._again: dict[str, int] = {}  # stream that is to be subscribed anew -> when that was done (0 = not yet)
         self._again_ns = 0
 
@@ -376,37 +381,57 @@ class Coinbase(Venue):
         self._ask_for("subscribe", names)
 
     def unsubscribe(self, names: Sequence[str]) -> None:
+        self._leave(names)
         self._ask_for("unsubscribe", names)
 
-    def _ask_for(self, kind: str, names: Sequence[str]) -> None:
-        by_channel: dict[str, list[str]] = {}
-        for name in names:
-            channel, _, product = name.partition(":")
-            by_channel.setdefault(channel, []).append(product)
-        for channel, products in by_channel.items():
-            for i in range(0, len(products), PRODUCTS_PER_MESSAGE):
-                self._ask(kind, channel, products[i : i + PRODUCTS_PER_MESSAGE])
+    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
+        super().remove(tickers, connected=connected)
+        for ticker in tickers:
+            self._book_takers.pop(ticker, None)
+            self._candles.pop(ticker, None)
+            for feed in ("bbo", "candles"):
+                self._end_hole(feed, ticker)
 
-    def _ask(self, kind: str, channel: str, products: list[str]) -> None:
+    def closing(self) -> list[str]:
+        return [self._message("unsubscribe", "heartbeats", [])]  # one: the limit of messages holds here, too
+
+    def _ask_for(self, kind: str, names: Sequence[str]) -> None:
+        for channel, products in _by_channel(names):
+            self._ask(kind, channel, products)
+
+    def _message(self, kind: str, channel: str, products: list[str]) -> str:
         message: dict[str, Any] = {"type": kind, "channel": channel}
         if products:
             message["product_ids"] = products
         if self._sign is not None:
             message["jwt"] = self._sign()
-        self._requests.append(_Request(kind, channel, products, self._sign is not None))
-        self.wants.append(Send(msgspec.json.encode(message).decode()))
+        return msgspec.json.encode(message).decode()
+
+    def _ask(self, kind: str, channel: str, products: list[str]) -> None:
+        self._requests.append(_Request(kind, channel, products, self._sign is not None, time.time_ns()))
+        self.wants.append(Send(self._message(kind, channel, products)))
 
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
-        self._next = self._refused = self._heartbeat = -1
+        self._next = self._heartbeat = -1
+        self._refused = (-1, b"")
+        self._connection += 1
         self._requests.clear()
         self._again.clear()  # the new connection begins every channel with a snapshot
-        self._candles_from_us.clear()
         self._doubt_candles()
 
+    def finish(self) -> Iterator[None]:
+        yield from super().finish()
+        for feed, ticker in list(self._holes):
+            self._end_hole(feed, ticker)
+
     def tick(self, now_ns: int) -> None:
+        while self._requests and now_ns - self._requests[0].asked_ns > RESUBSCRIBE_RETRY_NS:
+            self._requests.popleft()  # its answer was lost
+        for name in self._again.keys() - self.proof.keys():
+            del self._again[name]  # no longer wanted
         due = [name for name, asked_ns in self._again.items() if now_ns - asked_ns > RESUBSCRIBE_RETRY_NS]
-        if due and now_ns - self._again_ns > RESUBSCRIBE_EVERY_NS:
+        if due and not self._requests and now_ns - self._again_ns > RESUBSCRIBE_EVERY_NS:
             self._again_ns = now_ns
             self.unsubscribe(due)  # a channel that is subscribed already may bring no snapshot
             self.subscribe(due)
@@ -415,6 +440,16 @@ class Coinbase(Venue):
                     self._again[name] = now_ns  # until the snapshot is there
                 else:
                     del self._again[name]
+
+    def _leave(self, names: Sequence[str]) -> None:
+        """From here until the next greeting these streams miss what is sent."""
+        for channel, _, ticker in (name.partition(":") for name in names):
+            if channel == "level2" and (book := self.books.get(ticker)) is not None:
+                self._lose_book(book, "resync")
+            elif channel == "market_trades" and (sync := self.trade_syncs.get(ticker)) is not None:
+                sync.disconnected("resync")
+            elif channel == "candles" and ticker in self._candles:
+                self._holes.setdefault(("candles", ticker), self._heard_us)
 
     # Every message
 
@@ -437,24 +472,33 @@ class Coinbase(Venue):
             try:
                 route(frame)
             except (FrameError, msgspec.DecodeError):
-                self._refused = number
-                self._lose_book_of(frame)
+                if number >= 0:
+                    self._refused, self._next = (number, frame[:PRODUCT_BYTES]), -2
                 raise
             self._heard_us = emit.rcv_us
 
         return decode
 
     def _is_to_be_read(self, number: int) -> bool:
-        """Whether to read a message that has another number than the next one; a jump makes everything doubtful."""
+        """Whether to read a message that has another number than the next one; a jump makes everything doubtful.
+
+        A refused message may be the first fragment of one, or none of the venue's: then its number comes once more.
+        Otherwise it is lost; which book that costs is known.
+        """
         if number < 0:
             return True
         expected, self._next = self._next, number + 1
+        refused, head = self._refused
+        if refused >= 0:
+            self._refused = (-1, b"")
+            if number == refused:
+                return True
+            self._lose_book_of(head)
+            expected = refused + 1
         if number == expected - 1:
-            if number != self._refused:
-                self.emit.counters["sequence_duplicate"] += 1
-                return False
-            self._refused = -1  # what was refused under this number was not the venue's
-        elif expected >= 0:
+            self.emit.counters["sequence_duplicate"] += 1
+            return False
+        if expected >= 0 and number != expected:
             self._lose("sequence")
         return True
 
@@ -467,26 +511,38 @@ class Coinbase(Venue):
         emit.counters[f"lost_{cause}"] += 1
         self._heartbeat = -1
         for book in self.books.values():
-            book.lost(emit.rcv_us, cause)
+            self._lose_book(book, cause)
         for sync in self.trade_syncs.values():
             sync.disconnected(cause)
-        for feed in ("tickers", "candles"):  # no ids; best prices are told with their book
+        for feed in ("bbo", "tickers", "candles"):  # these have no ids; a greeting says once more where the hole ends
             if feed in emit.rings:
                 emit.gap(feed, "*", from_time=self._heard_us, cause=cause)
+        for ticker in self._candles:
+            self._holes.setdefault(("candles", ticker), self._heard_us)
         self._doubt_candles()
-        self._candles_from_us = dict.fromkeys(self._candles, self._heard_us) | self._candles_from_us
         self._again.update({stream.name: 0 for stream in self.streams if stream.feed != "tickers"})
 
-    def _lose_book_of(self, frame: bytes) -> None:
-        """A book message was refused: its number was seen, so only its own book is doubtful."""
-        if not _LEVEL2.search(frame, 0, HEAD_BYTES):
+    def _lose_book(self, book: BookSync, cause: str) -> None:
+        if book.state is LIVE:
+            self._holes.setdefault(("bbo", book.instrument.ticker), self._heard_us)
+        book.lost(self.emit.rcv_us, cause)
+
+    def _lose_book_of(self, head: bytes) -> None:
+        """A message is lost whose begin is known: if it was of a book, that one is doubtful."""
+        if not _LEVEL2.search(head, 0, HEAD_BYTES):
             return
-        named = _PRODUCT.search(frame, 0, PRODUCT_BYTES)
+        named = _PRODUCT.search(head)
+        product = named[1].decode(errors="replace") if named else ""
         for ticker, book in self.books.items():
-            if named is None or named[1].decode(errors="replace") == ticker:
-                book.lost(self.emit.rcv_us, "refused")
-        if named is not None and (name := f"level2:{named[1].decode(errors='replace')}") in self.proof:
-            self._again.setdefault(name, 0)  # its first snapshot may be the one that was refused
+            if product in ("", ticker):
+                self._lose_book(book, "refused")
+        if f"level2:{product}" in self.proof:
+            self._again.setdefault(f"level2:{product}", 0)  # its first snapshot may be the one that was refused
+
+    def _end_hole(self, feed: str, ticker: str) -> None:
+        from_us = self._holes.pop((feed, ticker), None)
+        if from_us is not None and feed in self.emit.rings:
+            self.emit.gap(feed, ticker, from_time=from_us, cause="resync")
 
     def unrouted(self, frame: bytes) -> None:
         head = _decode_head(frame)
@@ -569,21 +625,23 @@ class Coinbase(Venue):
         self.admit(ticker)
         book, emit = self.book(ticker, follows), self.emit
         instrument, emit_bbo, wants_bbo = book.instrument, emit.bbo, "bbo" in emit.rings
-        name, told, told_id, told_us = f"level2:{ticker}", (), -1, -1  # type: tuple[str, tuple[float, ...], int, int]
+        name, told, told_id, greeted_on = f"level2:{ticker}", (), -1, -1  # type: tuple[str, tuple[float, ...], int, int]
 
         def take(update: _Update) -> None:
-            nonlocal told, told_id, told_us
+            nonlocal told, told_id, greeted_on
             _, is_snapshot, update_id, timestamp, bids, asks = update
             if is_snapshot:
-                if book.state is BROKEN and told and wants_bbo:
-                    emit.gap("bbo", ticker, from_time=told_us, cause="resync")
+                greeted_on = self._connection
                 book.snapshot(update_id, timestamp, bids, asks, in_band=True)
+                self._end_hole("bbo", ticker)
                 self._again.pop(name, None)
                 told = told if told_id == update_id else ()
             else:
+                if greeted_on != self._connection and book.state is LIVE:
+                    self._lose_book(book, "reconnect")  # it is of another connection
                 book.delta(update_id, update_id, book.last_id, timestamp, bids, asks)
             if wants_bbo and book.state is LIVE:
-                told_us, best = emit.rcv_us, book.best()
+                best = book.best()
                 if best != told:
                     told, told_id = best, update_id
                     emit_bbo(instrument, timestamp, *best, update_id, _LAST | _INVALID if best[0] >= best[2] else _LAST)
@@ -595,7 +653,22 @@ class Coinbase(Venue):
         self._again.setdefault(f"level2:{book.instrument.ticker}", 0)
 
     def _on_trades(self, frame: bytes) -> None:
-        for event, rows in [(event, self._rows_of(event)) for event in _decode_trades(frame).events]:
+        events: list[TradesEvent] = _decode_trades(frame).events
+        if len(events) == 1 and len(events[0].trades) == 1:  # the common case, in half the time
+            trade = events[0].trades[0]
+            sync = self.trade_syncs.get(trade.product_id)
+            side, timestamp = _TAKER.get(trade.side), time_us(trade.time)
+            if (
+                sync is not None
+                and trade.trade_id == sync.last + 1
+                and side
+                and timestamp
+                and events[0].type == "update"
+            ):
+                self.emit.trade(sync.instrument, timestamp, side, trade.price, trade.size, trade.trade_id)
+                sync.last, sync.last_time = trade.trade_id, timestamp
+                return
+        for event, rows in [(event, self._rows_of(event)) for event in events]:
             for ticker, trades in rows.items():
                 if event.type == "snapshot":
                     self.trade_sync(ticker).greeted(trades)
@@ -656,8 +729,8 @@ class Coinbase(Venue):
             by_event.append((event.type == "snapshot", by_product))
         for is_snapshot, by_product in by_event:
             for ticker, candles in by_product.items():
-                if is_snapshot and (from_us := self._candles_from_us.pop(ticker, None)) is not None:
-                    self.emit.gap("candles", ticker, from_time=from_us, cause="resync")
+                if is_snapshot:
+                    self._end_hole("candles", ticker)
                 candles.sort(key=lambda candle: candle.start)
                 self._take_candles(ticker, candles, is_snapshot, timestamp)
 
@@ -695,7 +768,7 @@ class Coinbase(Venue):
 
     def want_repair(self, ticker: str, first: int, last: int) -> None:
         sync = self.trade_syncs.get(ticker)
-        from_us = sync.last_time if sync is not None else -1
+        from_us = sync.since(first) if sync is not None else -1
         query = {}
         if from_us > 0:
             until_s = max(from_us, self.emit.rcv_us) // 1_000_000 + CLOCK_AHEAD_S
@@ -711,7 +784,7 @@ class Coinbase(Venue):
             before_s = -(-rows[0][1] // 1_000_000) if rows else 0
             if rows and rows[0][0] > first and before_s < query.get("end", before_s + 1) and page < TRADE_PAGES_MAX:
                 sync.publish(wanted, _REPAIRED)
-                start_s = min(query.get("start", 0), before_s - 1)
+                start_s = min(query.get("start", before_s - DAY_S), before_s)
                 self._fetch_trades(ticker, first, last, {"start": start_s, "end": before_s}, page + 1)
             else:
                 sync.repaired(first, wanted)
@@ -720,12 +793,23 @@ class Coinbase(Venue):
         self.wants.append(Fetch(f"trades {ticker} {first}", path, 1, answer))
 
     def http(self, url: str, body: bytes) -> None:
-        if not urlsplit(url).path.endswith("/market/products"):
+        if not urlsplit(url).path.endswith(_REST):
             raise FrameError("unhandled_url", url)
+        self.take_instruments(url, body)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
         self.emit.counters["trade_repair_refused"] += 1
         self.notes[f"{fetch.key.split(' ')[1]} repair refused"] = f"HTTP {status} {body[:200].decode(errors='replace')}"
+
+
+def _by_channel(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Products by channel, as many as one message may name."""
+    products: dict[str, list[str]] = {}
+    for name in names:
+        channel, _, product = name.partition(":")
+        products.setdefault(channel, []).append(product)
+    size = PRODUCTS_PER_MESSAGE
+    return [(channel, some[i : i + size]) for channel, some in products.items() for i in range(0, len(some), size)]
 
 
 def _trades_path(ticker: str, **query: int) -> str:

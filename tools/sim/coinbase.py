@@ -54,7 +54,8 @@ class _Product:
         self.changed_t = self.book_t = t  # event times of the newest change, and of the newest book message
         self.trades: list[Trade] = []
         self.ticker_dirty = self.candle_dirty = False
-        self.bbo_line: object = None  # the last one in the ledger
+        self.best = self.best_now()  # as of the newest book message
+        self.bbo_line: tuple[tuple[Level, Level], int] | None = None  # the last one in the ledger
         self.candle_line: object = None
 
     def price(self, ticks: int) -> str:
@@ -62,6 +63,14 @@ class _Product:
 
     def size(self, lots: int) -> str:
         return _short(lots * self.instrument.lot, self.instrument.qty_scale)
+
+    def best_now(self) -> tuple[Level, Level]:
+        """Best bid and best ask, levels that belong to no order among them."""
+        best = []
+        for side, better in ((BID, max), (ASK, min)):
+            shown = [(price, self.book.level(side, price)) for of, price in self.book.phantoms if of == side]
+            best.append(better([self.book.best(side), *shown]))
+        return best[BID], best[ASK]
 
     def published(self) -> tuple[list[Level], list[Level]]:
         """The book as it was at its last message: bids and asks, best first."""
@@ -210,6 +219,7 @@ class Coinbase(Venue):
             return
         previous, t = product.book_t, max(product.changed_t, product.book_t + 1)
         product.changed_t = product.book_t = t
+        product.best = product.best_now()
         sides = [
             ",".join(f'["{product.price(p)}","{product.size(q)}"]' for side, p, q in changed if side == wanted)
             for wanted in (BID, ASK)
@@ -228,13 +238,11 @@ class Coinbase(Venue):
 
     def _bbo(self, product: _Product, *, only_news: bool) -> None:
         """The best prices that follow from the book messages, into the ledger; the venue has no channel for them."""
-        bids, asks = product.published()
-        best = bids[0], asks[0]
-        line = best, product.book_t
-        if product.bbo_line == line or (only_news and product.bbo_line and product.bbo_line[0] == best):  # type: ignore[index]
+        line, known = (product.best, product.book_t), product.bbo_line
+        if known == line or (only_news and known is not None and known[0] == product.best):
             return
         product.bbo_line = line
-        (bid, bid_lots), (ask, ask_lots) = best
+        (bid, bid_lots), (ask, ask_lots) = product.best
         self.exchange.ledger.line(
             "bbo",
             product.name,
@@ -266,7 +274,7 @@ class Coinbase(Venue):
 
     def _ticker_words(self, product: _Product) -> str:
         day = self.exchange.market.day[product.name]
-        bids, asks = product.published()
+        (bid, bid_lots), (ask, ask_lots) = product.best
         words = {
             "type": "ticker",
             "product_id": product.name,
@@ -277,10 +285,10 @@ class Coinbase(Venue):
             "low_52_w": product.price(day.low // 2),
             "high_52_w": product.price(day.high * 2),
             "price_percent_chg_24_h": f"{100 * (day.close - day.open) / day.open:.14f}",
-            "best_bid": product.price(bids[0][0]),
-            "best_ask": product.price(asks[0][0]),
-            "best_bid_quantity": product.size(bids[0][1]),
-            "best_ask_quantity": product.size(asks[0][1]),
+            "best_bid": product.price(bid),
+            "best_ask": product.price(ask),
+            "best_bid_quantity": product.size(bid_lots),
+            "best_ask_quantity": product.size(ask_lots),
         }
         return json.dumps(words, separators=(",", ":"))
 
