@@ -425,7 +425,7 @@ class _Category(Venue):
         prices = {key: name.price(getattr(candle, key)) for key in ("open", "close", "high", "low")}
         self.exchange.ledger.record(
             "candle", ticker=name.name, interval=interval, open_time=candle.start, **prices,
-            volume=turnover if self.inverse else volume, trades=None, closed=closed, t=t,
+            volume=turnover if self.inverse else volume, trades=candle.trades, closed=closed, t=t,
         )  # fmt: skip
         bar = {
             "start": candle.start // MS_US, "end": candle.end // MS_US - 1, "interval": interval, **prices,
@@ -561,21 +561,21 @@ class _Category(Venue):
         """Subscribe, and send what a topic begins with."""
         form = session.id % 2  # the gateway of every other connection is 1 ms behind
         for topic in topics:
-            self.exchange.subscribe(session, topic, form)
-            name = self._known(topic)
+            name, depth = self._known(topic), topic.split(".")[1]
             assert name is not None
+            if topic.startswith("orderbook.") and int(depth) in self.depths and int(depth) not in self.pushed:
+                self.pushed.add(int(depth))  # the first who wants it: let it catch up with the book
+                self._push_depth(name, int(depth), self.exchange.t)
+            self.exchange.subscribe(session, topic, form)
             silent = self.exchange.faults.silenced(topic, name.name)
             if any(fault.wants_conn(session.id, session.agent) for fault in silent):
                 continue
-            kind, depth = topic.split(".")[:2]
+            kind = topic.partition(".")[0]
             if kind == "orderbook" and depth == "1":
                 if name.best is not None:
                     head = self._head(topic, "snapshot", self.exchange.t // MS_US + form)
                     self.exchange.send(session, f"{head},{self._best_data(name)}}}")
             elif kind == "orderbook":
-                if int(depth) not in self.pushed:  # the first who wants it: let it catch up with the book
-                    self.pushed.add(int(depth))
-                    self._push_depth(name, int(depth), self.exchange.t)
                 self.exchange.send(session, self._snapshot(name, int(depth), form))
             elif kind == "tickers":
                 self._greet_ticker(session, name)
