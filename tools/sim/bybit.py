@@ -49,6 +49,7 @@ def _dialect(words: Mapping[str, str], depth: int) -> Dialect:
         candle_has_time=True,
         candle_counts_trades=False,
         intervals={"1m": "1", "3m": "3", "5m": "5", "1h": "60", "1d": "D"},
+        candle_says_closed=True,
         trades_have_counter=False,
     )
 
