@@ -809,6 +809,11 @@ class TradeIds:
             self._old, self._new = self._new, set()
 
     @property
+    def known(self) -> list[bytes]:
+        """Ids that are remembered, the newest one last."""
+        return [*((self._old | self._new) - {self._last_id}), self._last_id]
+
+    @property
     def unproven(self) -> bool:
         """Trades may have been missed, and the venue has not yet told."""
         return bool(self._cause or self._holes)

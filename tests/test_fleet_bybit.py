@@ -262,6 +262,32 @@ def test_a_killed_connector_goes_on_where_it_was(start: Start) -> None:
     assert {gap["cause"] for gap in fleet.rows("gaps") if gap["feed"] == "trades"} <= {"restart", "filled"}
 
 
+@pytest.mark.parametrize("stream", ["publicTrade.BTCUSDT", "orderbook.200.BTCUSDT", "tickers.BTCUSDT"])
+def test_a_stream_that_is_acknowledged_and_silent(start: Start, stream: str) -> None:
+    """F1. The newest trade tells that it should have brought something: it is left and taken anew, the others go on."""
+    fleet = start("linear", silent_s=1.5, stale_s=60.0)
+    fleet.sim.fault("silence", stream=stream, seconds=6)
+    fleet.wait_counter("stream_silent")
+    fleet.wait_counter("stream_recovered")
+    fleet.settle()
+    fleet.wait_more("trades", 40)
+    fleet.wait_more("tickers", 20)
+    proof = agrees(fleet)
+    assert fleet.counter("connections") <= 2
+    assert not trade_holes(proof), str(proof)
+
+
+def test_a_ticker_delta_that_cannot_be_read_is_a_hole_until_the_next_snapshot(start: Start) -> None:
+    """What it changed would be wrong until it changes again."""
+    fleet = start("linear")
+    fleet.sim.fault("truncate", stream="tickers.BTCUSDT", every=1, count=3)
+    fleet.wait_counter("gap_tickers_refused", 3)
+    fleet.wait_more("tickers", 30)
+    proof = agrees(fleet)
+    assert proof.gaps[("tickers", "refused")] == 3
+    assert proof.feeds["tickers"].explained >= 3
+
+
 # Books
 
 
@@ -377,7 +403,7 @@ def test_403_stops_all_requests_for_ten_minutes(start: Start) -> None:
     page = fleet.stats()
     assert 540 < (page["fetch_blocked_until_ns"] - time.time_ns()) / 1e9 <= 600
     fleet.wait_live()
-    fleet.wait_more("trades", 60)
+    fleet.wait_counter("gap_trades_reconnect", len(fleet.tickers))
     assert fleet.sim.state()["counts"]["http_403"] == 1
     assert fleet.counter("http_requests") == 1
     assert fleet.counter("http_rate_limited") == 1

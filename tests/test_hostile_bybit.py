@@ -11,7 +11,7 @@ from recorded import DATA, entries, needs_data
 from test_decode_hostile import DEEP, MS, SHAPES, UNUSABLE, Probe, mutated
 
 from mdcollector import continuity
-from mdcollector.exchanges import Fetch
+from mdcollector.exchanges import Fetch, Send
 
 FOLDER = DATA / "bybit"
 Make = Callable[..., Probe]
@@ -164,14 +164,25 @@ def test_an_impossible_level_refuses_its_message_and_the_book_heals(level: list[
 @pytest.mark.parametrize("bad", [{"lastPrice": "nan"}, {"lastPrice": "1e999"}, {"volume24h": "x"}, {"markPrice": True},
                                  {"nextFundingTime": "-5"}, {"nextFundingTime": "9e99"}, {"symbol": "CD"},
                                  {"openInterest": "1e300"}])  # fmt: skip
-def test_an_impossible_ticker_changes_nothing_of_what_is_merged(bad: dict[str, Any], probe: Make) -> None:
+def test_an_impossible_ticker_is_a_hole_until_the_next_snapshot(bad: dict[str, Any], probe: Make) -> None:
+    """What a refused delta changed is not known: nothing is merged with it, and the topic is taken anew."""
     one = probe("bybit_linear", "AB")
     assert one.feed(ticker("snapshot", 5, lastPrice="7", markPrice="8"))
     assert not one.feed(ticker("delta", 6, **{"indexPrice": "9", **bad}))
     assert one.feed(ticker("delta", 7, fundingRate="0.1"))
+    assert one.emit.counters["ticker_before_snapshot"] == 1
+    one.venue.tick(one.now_ns)
+    asked = [json.loads(w.text) for w in one.venue.wants if isinstance(w, Send)]
+    assert [(r["op"], r["args"]) for r in asked if r["op"] != "ping"] == [
+        ("unsubscribe", ["tickers.AB"]), ("subscribe", ["tickers.AB"])]  # fmt: skip
+    assert one.feed(ticker("snapshot", 8, lastPrice="7.5", markPrice="8"))
+    assert one.feed(ticker("delta", 9, fundingRate="0.2"))
     rows = one.rows("tickers")
-    assert [(r["last"], r["mark_price"], r["funding_rate"]) for r in rows[-1:]] == [(7.0, 8.0, 0.1)]
-    assert rows[-1]["index_price"] != rows[-1]["index_price"]
+    assert [(r["last"], r["mark_price"]) for r in rows] == [(7.0, 8.0), (7.5, 8.0), (7.5, 8.0)]
+    assert [(feed, cause, repaired) for feed, _, _, cause, repaired in one.gaps()] == [("tickers", "refused", False)]
+    one.venue.wants.clear()
+    one.venue.tick(one.now_ns + 60_000_000_000)
+    assert [json.loads(w.text)["op"] for w in one.venue.wants if isinstance(w, Send)] == ["ping"]
     one.sane()
 
 

@@ -299,6 +299,8 @@ class Venue(ABC):
                 self._books_left[ticker] = book.last_id
             if (sync := self.trade_syncs.pop(ticker, None)) is not None:
                 self._trades_left[ticker] = sync.last, []
+            if (trade_ids := self.trade_ids.pop(ticker, None)) is not None:
+                self._trade_ids_left[ticker] = trade_ids.known, trade_ids.last_time
         self._streams_changed(names, tickers)
         if connected and names:
             self.unsubscribe(names)

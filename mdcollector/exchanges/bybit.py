@@ -35,8 +35,8 @@ from mdcollector.records import BUY, SELL, Exchange
 
 ARGS_CHARS_MAX = 21_000  # the `args` of all subscriptions of a public connection, as text; 2026-07
 PING_EVERY_NS = 20_000_000_000  # the venue asks for one each 20 s; without any it closes after 10 minutes; 2026-07
-REPLY_WITHIN_NS = 30_000_000_000  # a subscription that nobody answered is asked for again
-RESUBSCRIBE_EVERY_NS = 500_000_000  # books that need a snapshot are resubscribed together
+REPLY_WITHIN_NS = 60_000_000_000  # a request that nobody answered is forgotten
+RESUBSCRIBE_EVERY_NS = 500_000_000  # topics that need a snapshot are resubscribed together
 RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked for again
 BANNED_S = 600.0  # HTTP 403 "access too frequent": stop, and wait for at least 10 minutes; rate-limit page, 2026-07
 TOO_MANY_VISITS, TOO_MANY_VISITS_S = 10006, 5.0  # retCode; limits count per second, the reset time is in a header
@@ -274,11 +274,13 @@ def _checked_body(body: bytes) -> bytes:
 class _TickerState:
     """The merged ticker of one instrument of a category that sends only what changed."""
 
-    __slots__ = ("cs", "old_run", "values", "waiting")
+    __slots__ = ("cs", "hole", "last_time", "old_run", "values", "waiting")
 
     def __init__(self) -> None:
-        self.values: dict[str, float] | None = None  # column -> value; None = no snapshot yet
+        self.values: dict[str, float] | None = None  # column -> value; None = unknown until the next snapshot
         self.cs = self.old_run = 0
+        self.last_time = -1  # of its last row
+        self.hole = ""  # cause of one that the next snapshot ends
         self.waiting: tuple[int, dict[str, float]] | None = (
             None  # snapshot of a connection that is still the second one
         )
@@ -327,7 +329,7 @@ class Bybit(Venue):
         self._request_id = 0
         self._pinged_ns = 0
         self._pong_due = False
-        self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
+        self._resubscribe: dict[str, int] = {}  # topic that needs a snapshot -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._handlers: dict[str, Callable[[bytes], None]] = {}
         self._depths: dict[str, str] = {}  # ticker -> depth of the topic that its book comes from
@@ -434,31 +436,40 @@ class Bybit(Venue):
                 self.emit.counters["pong_missing"] += 1
             self._pinged_ns, self._pong_due = now_ns, True
             self.wants.append(Send('{"req_id":"ping","op":"ping"}', urgent=True))
-        for req_id, (op, topics, asked_ns) in list(self._requests.items()):
+        for req_id, (_, _, asked_ns) in list(self._requests.items()):
             if now_ns - asked_ns > REPLY_WITHIN_NS:
                 del self._requests[req_id]
-                self.emit.counters["reply_missing"] += 1
-                if op == "subscribe":
-                    self._request(op, topics)
-        self._resubscribe_books(now_ns)
+                self.emit.counters["reply_missing"] += 1  # a stream that is not confirmed is asked for again by others
+        for topic in [s.name for s in self.streams if s.feed == "orderbook_l2" and s.name in self._resubscribe]:
+            book = self.books.get(self._tickers[topic])
+            if book is None or book.state is LIVE:
+                del self._resubscribe[topic]  # a late message healed it meanwhile
+        due = [t for t, asked in self._resubscribe.items() if now_ns - asked > RESUBSCRIBE_RETRY_NS]
+        if due and now_ns - self._resubscribed_ns > RESUBSCRIBE_EVERY_NS:
+            self._resubscribed_ns = now_ns
+            self._resubscribe.update(dict.fromkeys(due, now_ns))
+            # A topic that is subscribed cannot be subscribed again: leave it first.
+            self._ask("unsubscribe", due)
+            self._ask("subscribe", due)
 
-    def _resubscribe_books(self, now_ns: int) -> None:
-        for ticker in [t for t in self._resubscribe if (book := self.books.get(t)) is None or book.state is LIVE]:
-            del self._resubscribe[ticker]  # a late message healed it meanwhile
-        due = {t for t, asked in self._resubscribe.items() if now_ns - asked > RESUBSCRIBE_RETRY_NS}
-        if not due or now_ns - self._resubscribed_ns <= RESUBSCRIBE_EVERY_NS:
-            return
-        self._resubscribed_ns = now_ns
-        self._resubscribe.update(dict.fromkeys(due, now_ns))
-        topics = [s.name for s in self.streams if s.feed == "orderbook_l2" and s.ticker in due]
-        # A topic that is subscribed cannot be subscribed again: leave it first.
-        self._ask("unsubscribe", topics)
-        self._ask("subscribe", topics)
+    def add(self, streams: Sequence[Stream], *, connected: bool) -> None:
+        self._handlers.clear()
+        super().add(streams, connected=connected)
+
+    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
+        super().remove(tickers, connected=connected)
+        self._handlers.clear()
+        for ticker in tickers:
+            self._ticker_states.pop(ticker, None)
+            self._depths.pop(ticker, None)
+        wanted = {stream.name for stream in self.streams}
+        self._resubscribe = {topic: asked for topic, asked in self._resubscribe.items() if topic in wanted}
 
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
         self._handlers.clear()
-        self._ticker_states.clear()  # what changes meanwhile comes with the next snapshot only
+        for state in self._ticker_states.values():  # what changes meanwhile comes with the next snapshot only
+            state.values, state.waiting, state.hole = None, None, ""
         self._depths.clear()
         self._resubscribe.clear()  # the new connection begins every book with a snapshot
 
@@ -583,7 +594,7 @@ class Bybit(Venue):
         self.admit(ticker)
         if self._depths.setdefault(ticker, depth) != depth:
             raise FrameError("second_book_topic", f"orderbook.{depth}.{ticker}: it comes from {self._depths[ticker]}")
-        book = self.book(ticker, follows)
+        book, topic = self.book(ticker, follows), f"orderbook.{depth}.{ticker}"
 
         def on_book(frame: bytes) -> None:
             event = _decode_book(frame)
@@ -599,7 +610,7 @@ class Bybit(Venue):
                 self.overlapping and book.state is LIVE
             ):  # else the older connection continues the book
                 book.snapshot(u, timestamp, data.b, data.a, in_band=True)
-                self._resubscribe.pop(ticker, None)
+                self._resubscribe.pop(topic, None)
 
         return on_book
 
@@ -634,25 +645,44 @@ class Bybit(Venue):
         self.admit(ticker)
         instrument = self.emit.instrument(ticker)
 
+        state = self._ticker_states.setdefault(ticker, _TickerState())
+
         def on_ticker(frame: bytes) -> None:
-            event = _decode_ticker(frame)
-            if event.data.get("symbol") != ticker:
-                raise FrameError("unknown_symbol", f"{event.data.get('symbol')} in the ticker of {ticker}")
-            values = self._ticker_values(event.data)
-            if event.type != "snapshot" and not (event.type == "delta" and self.TICKERS_MERGE):
-                raise FrameError("unknown_ticker_type", event.type)
-            state = self._ticker_states.setdefault(ticker, _TickerState())
-            if self.TICKERS_MERGE:
-                merged = self._merged(state, event, values)
-                if merged is None:
-                    return
-                values = merged
-            given = {column: value for column, value in values.items() if value == value}
-            funding = int(given.pop("next_funding_time", -1))
-            self.emit.ticker(instrument, event.ts * 1000, next_funding_time=funding, **given)
-            state.values, state.cs = values, event.cs
+            try:
+                event = _decode_ticker(frame)
+                if event.data.get("symbol") != ticker:
+                    raise FrameError("unknown_symbol", f"{event.data.get('symbol')} in the ticker of {ticker}")
+                values = self._ticker_values(event.data)
+                if event.type != "snapshot" and not (event.type == "delta" and self.TICKERS_MERGE):
+                    raise FrameError("unknown_ticker_type", event.type)
+                if self.TICKERS_MERGE:
+                    merged = self._merged(ticker, state, event, values)
+                    if merged is None:
+                        return
+                    values = merged
+                given = {column: value for column, value in values.items() if value == value}
+                funding = int(given.pop("next_funding_time", -1))
+                if state.hole:
+                    self.emit.gap(
+                        "tickers", ticker, from_time=state.last_time, to_time=event.ts * 1000, cause=state.hole
+                    )
+                self.emit.ticker(instrument, event.ts * 1000, next_funding_time=funding, **given)
+            except (FrameError, msgspec.DecodeError, RecursionError):
+                if self.TICKERS_MERGE:
+                    self._lost_ticker(ticker, state, "refused")
+                raise
+            if event.type == "snapshot":
+                self._resubscribe.pop(f"tickers.{ticker}", None)
+            state.values, state.cs, state.last_time, state.hole = values, event.cs, event.ts * 1000, ""
 
         return on_ticker
+
+    def _lost_ticker(self, ticker: str, state: _TickerState, cause: str) -> None:
+        """What changed is not known, and would be wrong until it changes again: take the topic anew, with a snapshot."""
+        state.values, state.waiting, state.hole = None, None, state.hole or cause
+        for stream in self.streams:
+            if stream.feed == "tickers" and stream.ticker == ticker:
+                self._resubscribe.setdefault(stream.name, 0)
 
     def _ticker_values(self, data: Mapping[str, _Text]) -> dict[str, float]:
         """Column -> value of what a message names; NaN where it says that there is none."""
@@ -670,7 +700,9 @@ class Bybit(Venue):
             values = {swapped.get(column, column): value for column, value in values.items()}
         return values
 
-    def _merged(self, state: _TickerState, event: Ticker, values: dict[str, float]) -> dict[str, float] | None:
+    def _merged(
+        self, ticker: str, state: _TickerState, event: Ticker, values: dict[str, float]
+    ) -> dict[str, float] | None:
         """All values as they are after this message; None when it makes no row."""
         if event.type == "snapshot":
             if self.overlapping and state.values is not None:  # the older connection continues, until it ends
@@ -679,7 +711,10 @@ class Bybit(Venue):
             state.waiting = None
             return values
         if state.values is None:
-            raise FrameError("delta_before_snapshot", str(event.data["symbol"]))
+            self.emit.counters["ticker_before_snapshot"] += 1
+            if state.hole:  # it is known, and a snapshot is on its way
+                return None
+            raise FrameError("delta_before_snapshot", ticker)
         if event.cs < state.cs and state.old_run < OLD_RUN_MAX:
             state.old_run += 1
             self.emit.counters["ticker_superseded"] += 1  # a second connection that is behind
@@ -728,7 +763,10 @@ class Bybit(Venue):
 
     def want_snapshot(self, book: BookSync) -> None:
         """A change came that no snapshot precedes: one comes only after leaving and taking the topic again."""
-        self._resubscribe.setdefault(book.instrument.ticker, 0)
+        ticker = book.instrument.ticker
+        for stream in self.streams:
+            if stream.feed == "orderbook_l2" and stream.ticker == ticker:
+                self._resubscribe.setdefault(stream.name, 0)
 
     def want_repair(self, ticker: str, first: int, last: int) -> None:
         raise AssertionError(f"{ticker} {first} to {last}: trades of this venue have no counter")
@@ -743,7 +781,13 @@ class Bybit(Venue):
         def answer(body: bytes) -> None:
             trades.recent(_rest_rows(ticker, body), doubts)
 
-        self.wants.append(Fetch(f"trades {ticker} {doubts}", self._recent_path(ticker, self.RECENT_TRADES), 1, answer))
+        def failed(status: int, body: bytes) -> None:
+            self.emit.counters["trade_repair_refused"] += 1
+            self.notes[f"repair of {ticker} refused"] = f"HTTP {status} {body[:200].decode(errors='replace')}"
+            trades.unanswered()
+
+        path = self._recent_path(ticker, self.RECENT_TRADES)
+        self.wants.append(Fetch(f"trades {ticker} {doubts}", path, 1, answer, failed))
 
     def _recent_path(self, ticker: str, limit: int) -> str:
         query = {"category": self.CATEGORY, "symbol": ticker, "limit": limit}
@@ -766,15 +810,13 @@ class Bybit(Venue):
             self.admit(ticker)
             rows, trades = _rest_rows(ticker, body), self.trades_by_id(ticker)
             trades.recent(rows, trades.doubts)
-        elif endpoint not in ("instruments-info", "time"):
+        elif endpoint == "instruments-info":
+            self.take_instruments(url, body)
+        elif endpoint != "time":
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
-        what, ticker = fetch.key.split(" ")[:2]
         self.notes[f"{fetch.key} refused"] = f"HTTP {status} {body[:200].decode(errors='replace')}"
-        if what == "trades":
-            self.emit.counters["trade_repair_refused"] += 1
-            self.trades_by_id(ticker).unanswered()
 
 
 class BybitSpot(Bybit):
@@ -830,11 +872,6 @@ class BybitOption(Bybit):
     @classmethod
     def instruments_paths(cls) -> tuple[str, ...]:
         return tuple(f"{path}&baseCoin={coin}" for path in super().instruments_paths() for coin in OPTION_COINS)
-
-    def unsubscribe(self, names: Sequence[str]) -> None:
-        """Of the topics that several instruments share only those that no other one needs any more."""
-        users = [stream.name for stream in self.streams]
-        super().unsubscribe([name for name in names if users.count(name) <= 1])
 
     def _on_trades(self, ticker: str) -> Callable[[bytes], None]:
         """The topic carries every option on the base coin `ticker`."""
