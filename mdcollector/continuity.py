@@ -34,7 +34,6 @@ COUNTER_JUMP_MAX = 100_000_000  # a trade counter so far ahead, or one behind wi
 SUSPECTS_BELIEVED = 3  # so many of them that follow each other closely are
 SUSPECT_STEP_MAX = 10_000
 TRADE_IDS_KEPT = 2000  # ids remembered at least, per instrument; venues give 1000 recent trades at once
-HEARD_WITHIN_US = 1_000_000  # of an answer the next trade comes, else it may not have been the next one
 DOUBTS_MAX = 100  # recorded holes that one answer may still close
 NO_EXECUTION = "no_execution"  # cause in the ledger of a counter that no execution has
 
@@ -746,7 +745,7 @@ class TradeIds:
     """
 
     __slots__ = (
-        "_answered_us", "_cause", "_emit", "_holes", "_last_id", "_new", "_old", "_since", "_since_id", "_want_recent", "doubts",
+        "_answered", "_cause", "_emit", "_holes", "_last_id", "_new", "_old", "_since", "_since_id", "_want_recent", "doubts",
         "instrument", "last_time",
     )  # fmt: skip
 
@@ -763,7 +762,7 @@ class TradeIds:
         self._last_id = known[-1] if known else b""
         self.doubts = 0  # that ever arose; an answer is believed that was asked for behind the last one
         self._cause = ""  # of a doubt that no trade has shown yet
-        self._answered_us = 0  # when the venue said that nothing was missed until then; no trade has come since
+        self._answered = False  # the venue said that nothing was missed until then, and no trade has come since
         self._holes: list[tuple[int, int]] = []  # told, and not yet answered: from time, to time
         self._since, self._since_id = -1, b""  # the last trade before the first doubt
         if known:
@@ -787,17 +786,16 @@ class TradeIds:
         fresh = self._unseen(trades)
         if not fresh:
             return 0
-        # A stream that is confirmed may begin late: between the answer and its first trade others may have been missed.
-        late = self._answered_us and self._emit.rcv_us - self._answered_us > HEARD_WITHIN_US
-        if late:
+        doubted = bool(self._cause)
+        if self._answered:  # a confirmed stream may begin late: between the answer and now others may have been missed
+            self._answered = False
             self._since, self._since_id = self.last_time, self._last_id
             self.doubts += 1
-        if self._cause and (late or not self._answered_us):
+        if doubted:
             self._tell(min(row[1] for row in fresh))
-        self._cause, self._answered_us = "", 0
         self._emit.trades(fresh, flags)
         self._note(fresh)
-        if late:
+        if doubted:
             self.want_tail()
         return len(fresh)
 
@@ -824,9 +822,14 @@ class TradeIds:
         return [*((self._old | self._new) - {self._last_id}), self._last_id]
 
     @property
+    def heard(self) -> bool:
+        """A trade has come since the last doubt arose, so the stream delivers."""
+        return not self._cause
+
+    @property
     def unproven(self) -> bool:
         """Trades may have been missed, and the venue has not yet told."""
-        return bool((self._cause and not self._answered_us) or self._holes)
+        return bool((self._cause and not self._answered) or self._holes)
 
     def doubt(self, cause: str) -> None:
         """Trades may be missed from here on: what is published next comes behind a hole, until an answer says no."""
@@ -834,7 +837,7 @@ class TradeIds:
             return  # nothing was recorded before, so there is nothing that could be incomplete
         if not self.unproven:
             self._since, self._since_id = self.last_time, self._last_id
-        self._cause, self._answered_us = self._cause or cause, 0
+        self._cause, self._answered = self._cause or cause, False
         self.doubts += 1
 
     def disconnected(self, cause: str = "reconnect") -> None:
@@ -855,8 +858,7 @@ class TradeIds:
         missed = sorted((row for row in rows if row[1] >= self._since and row[6] not in known), key=lambda row: row[1])
         # Reached back to where the hole begins: then whatever lies in it is in this answer.
         whole = any(row[6] == self._since_id or row[1] < self._since for row in rows)
-        heard = not self._cause  # a trade has come on the stream since the doubt arose
-        cause = self._cause
+        cause, heard = self._cause, self.heard
         if self._cause and missed:
             self._tell(missed[0][1])
         if missed:
@@ -871,13 +873,13 @@ class TradeIds:
         if not whole:
             self._emit.counters["trade_repair_incomplete"] += 1  # the holes stay in the ledger as not repaired
         self._holes = []
-        self._cause, self._answered_us = ("", 0) if heard else (cause, self._emit.rcv_us)
+        self._cause, self._answered = cause, not heard
 
     def unanswered(self) -> None:
         """The venue does not give its recent trades: the hole is recorded and stays."""
-        if self._cause and not self._answered_us:
+        if self._cause and not self._answered:
             self._tell(self._emit.rcv_us)
-        self._holes, self._answered_us = [], 0
+        self._holes, self._answered = [], False
 
     def _tell(self, to_time: int) -> None:
         """Record the hole before the first row behind it, so that even a crash right then leaves none untold."""

@@ -140,8 +140,8 @@ def test_one_impossible_trade_refuses_its_message_and_asks_for_it(changed: dict[
     assert one.feed(trade("e"))
     assert ids(one) == ["a", "e"]
     assert [(feed, cause, repaired) for feed, _, _, cause, repaired in one.gaps()] == [("trades", "refused", False)]
-    (want,) = [w for w in one.venue.wants if isinstance(w, Fetch)]
-    assert "symbol=AB&limit=1000" in want.path
+    wanted = {(w.key, w.path.partition("?")[2]) for w in one.venue.wants if isinstance(w, Fetch)}
+    assert wanted == {("trades AB 1", "category=linear&symbol=AB&limit=1000")}
     one.sane()
 
 

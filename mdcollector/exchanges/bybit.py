@@ -509,14 +509,14 @@ class Bybit(Venue):
             if not envelope.success:
                 raise FrameError("venue_error", f"{op}: {envelope.ret_msg}")
         elif envelope.success:
-            self._confirmed(topics)
+            self.acknowledge(topics, time.time_ns())
         elif len(topics) > 1:  # one bad topic fails all of them: halve until it is alone
             self.emit.counters["subscribe_bisected"] += 1
             middle = len(topics) // 2
             self._request(op, topics[:middle])
             self._request(op, topics[middle:])
         elif _ALREADY in envelope.ret_msg:
-            self._confirmed(topics)
+            self.acknowledge(topics, time.time_ns())
         else:
             self.refuse(topics, envelope.ret_msg)
 
@@ -530,16 +530,8 @@ class Bybit(Venue):
             raise FrameError("unknown_reply", ", ".join(sorted(named)))
         self._requests.pop(req_id, None)
         if op == "subscribe":
-            self._confirmed(topics.successTopics)
+            self.acknowledge(topics.successTopics, time.time_ns())
             self.refuse(topics.failTopics, envelope.ret_msg or "named in failTopics")
-
-    def _confirmed(self, topics: Sequence[str]) -> None:
-        self.acknowledge(topics, time.time_ns())
-        names = set(topics)
-        for stream in self.streams:  # from here on nothing is missed, so the answer to this is the whole hole
-            trades = self.trade_ids.get(stream.ticker) if stream.feed == "trades" and stream.name in names else None
-            if trades is not None and trades.unproven:
-                trades.want_tail()
 
     # Data
 
@@ -775,8 +767,8 @@ class Bybit(Venue):
         ticker, doubts = trades.instrument.ticker, trades.doubts
         streams = [stream for stream in self.streams if stream.feed == "trades" and stream.ticker == ticker]
         proofs = [proof for stream in streams if (proof := self.proof.get(stream.name)) is not None]
-        if not all(proof.acknowledged_ns > proof.requested_ns for proof in proofs):
-            return  # asked for when the stream is confirmed, so that the answer and the stream meet
+        if not trades.heard and not all(proof.is_acknowledged for proof in proofs):
+            return  # asked for when the stream delivers, so that the answer and the stream meet
 
         def answer(body: bytes) -> None:
             trades.recent(_rest_rows(ticker, body), doubts)
