@@ -790,8 +790,8 @@ class TradeIds:
         if self._answered:  # a confirmed stream may begin late: between the answer and now others may have been missed
             self._answered = False
             self._since, self._since_id = self.last_time, self._last_id
-            self.doubts += 1
         if doubted:
+            self.doubts += 1  # an answer that is on its way may be from before this trade
             self._tell(min(row[1] for row in fresh))
         self._emit.trades(fresh, flags)
         self._note(fresh)

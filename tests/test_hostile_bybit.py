@@ -141,7 +141,8 @@ def test_one_impossible_trade_refuses_its_message_and_asks_for_it(changed: dict[
     assert ids(one) == ["a", "e"]
     assert [(feed, cause, repaired) for feed, _, _, cause, repaired in one.gaps()] == [("trades", "refused", False)]
     wanted = {(w.key, w.path.partition("?")[2]) for w in one.venue.wants if isinstance(w, Fetch)}
-    assert wanted == {("trades AB 1", "category=linear&symbol=AB&limit=1000")}
+    query = "category=linear&symbol=AB&limit=1000"  # at once, and again when the next trade has come
+    assert wanted == {("trades AB 1", query), ("trades AB 2", query)}
     one.sane()
 
 

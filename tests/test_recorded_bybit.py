@@ -831,6 +831,8 @@ def test_a_trade_frame_that_cannot_be_read_is_a_hole_that_is_asked_about(venue: 
     assert isinstance(want, Fetch)
     assert want.path == "/v5/market/recent-trade?category=linear&symbol=AUSDT&limit=1000"
     one.decode(frame("c"))
+    want = one.wants[-1]  # asked for once more, now that the stream is heard
+    assert isinstance(want, Fetch)
     rest = [
         {"execId": i, "symbol": "AUSDT", "price": "2", "size": "1", "side": "Buy", "time": "1796083100000"}
         for i in "cba"
