@@ -566,6 +566,7 @@ class Connector:
     def _publish(self) -> None:
         emit, venue = self.emit, self.venue
         invalid = sorted(t for t, book in venue.books.items() if book.state != "live")
+        shared = Counter(stream.name for stream in venue.streams)  # some topics carry several instruments
         self._stats.publish(
             {
                 "role": "connector",
@@ -585,7 +586,7 @@ class Connector:
                 "rss_bytes": psutil.Process().memory_info().rss,
                 "notes": dict(venue.notes),
                 "streams": {
-                    s.name: {
+                    (s.name if shared[s.name] == 1 else f"{s.name} {s.ticker}"): {
                         "feed": s.feed,
                         "ticker": s.ticker,
                         "requested_ns": proof.requested_ns,

@@ -340,7 +340,7 @@ class Coinbase(Venue):
         for ticker in gone:
             self._book_takers.pop(ticker, None)
             self._candles.pop(ticker, None)
-            self._candles_from_us.pop(ticker, None)
+        self._holes = {place: since for place, since in self._holes.items() if place[1] not in gone}
 
     # Planning
 
