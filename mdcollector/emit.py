@@ -49,7 +49,7 @@ CAPACITIES = {  # rows; default sizes of the rings, 128 MiB at most each
 
 SAMPLES_PER_TICK = 2048  # rows of a ring whose latencies are looked at in one tick
 
-_LAST, _TIME_LOCAL, _REPAIRED = int(Flag.LAST), int(Flag.TIME_LOCAL), int(Flag.REPAIRED)
+_LAST, _TIME_LOCAL = int(Flag.LAST), int(Flag.TIME_LOCAL)
 _NOT_LIVE = int(Flag.REPAIRED | Flag.SNAPSHOT)
 _NAN = float("nan")
 _NOTHING_SAID: tuple[object, ...] = (True, b"", b"", b"", b"", _NAN, _NAN, _NAN, -1, -1)
@@ -126,7 +126,6 @@ class Emit:
         self.connector, self.exchange, self.clock = connector, exchange, clock
         self.counters: Counter[str] = Counter()
         self.samples: dict[str, str] = {}
-        self.repaired = 0  # rows that came over REST: they say nothing of the connection
         self.on_refused: Callable[[bytes], None] | None = None  # told of every unusable frame, where no id will miss it
         self.directory = ring_dir(rings, connector)
         self._code = int(exchange)
@@ -293,8 +292,6 @@ class Emit:
         parse_ns, ring = self._stage(), self._trades
         if ring is None or not trades:
             return
-        if flags & _REPAIRED:
-            self.repaired += len(trades)
         flags |= self._base_flags
         last, publish_ns = len(trades) - 1, self._stage()
         ring.append_many(

@@ -117,7 +117,12 @@ def test_every_speed_of_the_book_ends_at_the_final_book(venue: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("venue", "ticker", "interval"),
-    [("binance_spot", "BTCUSDT", "1m"), ("deribit", "BTC-PERPETUAL", "1"), ("bybit_linear", "BTCUSDT", "1")],
+    [
+        ("binance_spot", "BTCUSDT", "1m"),
+        ("binance_futures", "BTCUSDT", "1m"),
+        ("deribit", "BTC-PERPETUAL", "1"),
+        ("bybit_linear", "BTCUSDT", "1"),
+    ],
 )
 def test_candles_in_the_ledger_hold_its_trades(venue: str, ticker: str, interval: str, tmp_path: Path) -> None:
     arguments = ("--rate", "max", "--epoch", EPOCH, "--seconds", "130", "--tickers", f"{ticker}:0.02")
