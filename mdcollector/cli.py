@@ -126,14 +126,16 @@ def _listed(_ctx: click.Context, _param: click.Parameter, value: str) -> list[st
 
 
 EXCHANGE = click.argument("exchange", callback=_known_exchange)
+FEEDS_DEFAULT = ("trades", "orderbook_l2", "bbo")
 
 
 @main.command()
 @EXCHANGE
 @click.argument("tickers", nargs=-1, required=True)
 @click.option(
-    "--feeds", default="trades,orderbook_l2,bbo", show_default=True, callback=_listed, help="Comma-separated feeds."
+    "--feeds", default="", callback=_listed, help="Comma-separated [trades,orderbook_l2,bbo; all where there are none]."
 )
+@click.option("--intervals", default="", callback=_listed, help="Of candles [1m, or the shortest of the venue].")
 @click.option(
     "--kinds", default="", callback=_listed, help="Only these kinds of instruments: spot,perpetual,option,..."
 )
@@ -159,8 +161,8 @@ EXCHANGE = click.argument("exchange", callback=_known_exchange)
 @JSON
 @click.pass_context
 def run(
-    ctx: click.Context, exchange: str, tickers: Sequence[str], feeds: list[str], kinds: list[str], bases: list[str],
-    quotes: list[str], target: Path, rings: Path | None, ws_url: str, rest_url: str, roll_s: float,
+    ctx: click.Context, exchange: str, tickers: Sequence[str], feeds: list[str], intervals: list[str],
+    kinds: list[str], bases: list[str], quotes: list[str], target: Path, rings: Path | None, ws_url: str, rest_url: str, roll_s: float,
     seconds: float | None, cpu: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Collect TICKERS (symbols or patterns) of EXCHANGE and write tables until stopped.
@@ -174,12 +176,17 @@ def run(
     import tomli_w
 
     from mdcollector import config
+    from mdcollector.exchanges import venue_class
 
+    kind = venue_class(exchange)
+    feeds = feeds or [feed for feed in FEEDS_DEFAULT if feed in kind.FEEDS] or list(kind.FEEDS)
+    intervals = intervals or [interval for interval in ("1m", *kind.INTERVALS) if interval in kind.INTERVALS][:1]
     rings = (rings or target / "_rings").absolute()
     connector = config.ConnectorConfig(
         exchange=exchange,
         tickers=list(tickers),
         feeds=feeds,
+        intervals=intervals,
         kinds=kinds,
         bases=bases,
         quotes=quotes,

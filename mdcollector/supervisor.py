@@ -23,7 +23,7 @@ import msgspec
 
 from mdcollector.config import ConnectorConfig, FleetConfig
 from mdcollector.connector import rest_hosts, selection, venue_options
-from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, RateLimited, RingError
+from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
 from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.ring import RingReader
@@ -57,7 +57,7 @@ def resolve(where: str, settings: ConnectorConfig) -> list[str]:
     """
     try:
         listed = asyncio.run(_instruments(settings))
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, FrameError) as error:
         raise ConfigError(f"{where}: the venue's list of instruments cannot be read: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
