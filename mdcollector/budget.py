@@ -23,6 +23,12 @@ BURST = 0.25  # of what is allowed within a window may go at once; the rest come
 WAIT_MOST_S = 5.0  # one sleep at most: somebody else may block or free the bucket meanwhile
 
 
+def seconds_for(cost: float, allowed: float, per_s: float) -> float:
+    """How long taking so much lasts, beginning with a full bucket that nobody else takes from."""
+    burst = allowed * BURST
+    return max(0.0, cost - burst) * per_s / (allowed - burst)
+
+
 class Budget:
     """At most `allowed` within any `per_s` seconds: a full bucket and what flows into it meanwhile are together so much."""
 

@@ -22,6 +22,8 @@ from mdcollector.options import Finite
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mdcollector.planning import FleetPlan
+
 CONFIG = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), required=True,
     help="Fleet file (TOML).",
@@ -433,23 +435,31 @@ def units(config_path: Path, out: Path, program: str) -> None:
 @click.option("--offline", is_flag=True, help="Do not ask the venues for their instruments; patterns stay as they are.")
 @JSON
 def check(config_path: Path, offline: bool, as_json: bool) -> None:
-    """Validate a fleet file and show the connections it plans; every error names file, key and allowed values."""
+    """Validate a fleet file and show what it plans; every error names file, key and allowed values.
+
+    Nothing is connected to. Shown are connections, subscriptions, request weight, memory, and the time until all books
+    are live within what the venues allow one IP address. What cannot fit that is refused.
+    """
     import msgspec
 
     from mdcollector import config, supervisor
+    from mdcollector.planning import plan_fleet
 
     fleet = config.load(config_path)
     if not fleet.connectors:
         raise ConfigError(f"{config_path}: no [connectors.NAME]: nothing to collect")
-    planned = []
+    connectors = {}
     for name, settings in fleet.connectors.items():
         where = f"{config_path}: connectors.{name}"
         tickers = settings.tickers if offline else supervisor.resolve(where, settings)
-        planned += supervisor.plan(where, name, settings, tickers)
+        connectors[name] = settings, supervisor.plan(where, name, settings, tickers)
+    plan = plan_fleet(str(config_path), connectors)
     if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(planned)))
+        families = [{**msgspec.to_builtins(family), "sync_s": family.sync_s} for family in plan.families]
+        click.echo(json.dumps({**msgspec.to_builtins(plan), "families": families}))
         return
-    for connection in planned:
+    _print_plan(plan)
+    for connection in plan.connections:
         shown = ", ".join(connection.tickers[:5]) + (", ..." if len(connection.tickers) > 5 else "")
         click.echo(
             f"{connection.name}: {len(connection.streams)} streams of {len(connection.tickers)} tickers ({shown})"
@@ -458,7 +468,29 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
         click.echo(f"{name}: merges {', '.join(arbiter.legs)}: {', '.join(arbiter.feeds)}")
     for name, writer in fleet.writers.items():
         click.echo(f"{name}: {writer.sink} to {writer.out}")
-    click.echo(f"{config_path}: good, {len(planned)} connections, {len(fleet.writers)} writers")
+    click.echo(f"{config_path}: good, {len(plan.connections)} connections, {len(fleet.writers)} writers")
+
+
+def _print_plan(plan: "FleetPlan") -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(
+        "connector", "exchange", "connections", "tickers", "streams", "messages", "weight", "rings", title="connectors"
+    )
+    for c in plan.connectors:
+        numbers = (c.connections, c.tickers, c.streams, c.messages, c.weight)
+        table.add_row(c.name, c.exchange, *(f"{number:,}" for number in numbers), f"{c.ring_bytes / 2**20:,.0f} MiB")
+    console.print(table)
+    table = Table(
+        "limits of", "connections", "messages", "weight", "connect", "subscribe", "snapshots", "all live within",
+        title="time that the limits of one IP address cost",
+    )  # fmt: skip
+    for f in plan.families:
+        times = (f.connects_s, f.messages_s, f.weight_s, f.sync_s)
+        counts = (f.connections, f.messages, f.weight)
+        table.add_row(f.family, *(f"{n:,}" for n in counts), *(f"{seconds:,.1f} s" for seconds in times))
+    console.print(table)
 
 
 MAYBE_CONFIG = click.option(
@@ -574,6 +606,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
     from rich.table import Table
 
     from mdcollector.health import streams_unwell
+    from mdcollector.records import ALWAYS_ON
 
     console = _console()
     table = Table(
@@ -581,7 +614,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
         title="connectors",
     )  # fmt: skip
     for name, c in found["connectors"].items():
-        rows = sum(ring["published"] for feed, ring in c["rings"].items() if feed != "gaps")
+        rows = sum(ring["published"] for feed, ring in c["rings"].items() if feed not in ALWAYS_ON)
         refused = sum(n for k, n in c["counters"].items() if k.startswith("refused_"))
         latency = f"{c['publish_ns']['p50'] / 1000:.1f} / {c['publish_ns']['p99'] / 1000:.1f} us"
         books = f"{c['books'] - c['books_invalid_count']} of {c['books']} live"

@@ -116,9 +116,7 @@ class Connector:
         """`planned`: the tickers of all connections of this connector; `takes_new`: new ones belong to this one."""
         kind = venue_class(settings.exchange)
         self.name, self.settings = name, settings
-        brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
-        feeds = [feed for feed in settings.feeds if feed in brought]
-        self.emit = Emit(rings, name, kind.EXCHANGE, feeds, capacities=settings.capacity)
+        self.emit = Emit(rings, name, kind.EXCHANGE, feeds_of(settings, streams), capacities=settings.capacity)
         logs.identify(name, self.emit.epoch)
         options = venue_options(settings, kind)
         self.venue = kind(self.emit, options, streams)
@@ -242,7 +240,7 @@ class Connector:
                 self._last_error = self._fetcher.last_failure
             # An answer that is up to date proves its streams anew, also where a price did not move and no row came.
             fresh_ns = max((state.acknowledged_ns for state in self.venue.proof.values()), default=0)
-            if time.time_ns() - max(opened_ns, self._data_ns, fresh_ns) > stale_s * 1e9:
+            if time.time_ns() - max(opened_ns, self._data_ns, fresh_ns) > stale_s * 1e9 and self.venue.streams:
                 raise Stale(f"no fresh answer for {stale_s:g} s")
             wanted, self._reconnect = self._reconnect, None
             if wanted is not None and not wanted.overlap:
@@ -422,6 +420,7 @@ class Connector:
     async def _shut_down(self) -> None:
         """Say goodbye to the venue, publish what is held, close the rings."""
         self._state = "stopped"
+        self._subscriptions.finish()
         if self._leg is not None or self._answering:
             self._tell_holes()
         if self._leg is not None and not self._leg.closed.is_set():
@@ -451,7 +450,7 @@ class Connector:
     def _may_ask(self) -> bool:
         """One connection is open and has nothing left to send, so what is subscribed anew comes at once."""
         if self._leg is None:
-            return self._polled
+            return self._answering
         return not (self._leg.outbox or self._leg.closed.is_set() or self.venue.overlapping or self._reconnect)
 
     def _carry_out_current(self) -> None:
@@ -511,7 +510,9 @@ class Connector:
                 self._publish()
 
     def _rows_now(self) -> int:
-        return sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
+        """Rows that the streams brought."""
+        published = sum(ring.next for name, ring in self.emit.rings.items() if name not in ALWAYS_ON)
+        return published - self.emit.fetched_rows
 
     def _look_for_data(self) -> None:
         """Only rows count as data: heartbeats, replies and refused frames do not keep a connection."""
@@ -558,12 +559,9 @@ class Connector:
             self.emit.gap(feed, "*", from_time=from_us, to_time=time.time_ns() // 1000, cause=cause)
 
     def _last_unsequenced_us(self) -> dict[str, int]:
-        """Receive time of the last row of each feed without ids that has one."""
-        last: dict[str, int] = {}
-        for name, ring in self.emit.rings.items():
-            if name not in (*SEQUENCED, *ALWAYS_ON) and ring.next:
-                last[name] = int(ring.recent_rows(ring.next - 1)["rcv_timestamp"][-1])
-        return last
+        """Receive time of the last row of each feed without ids that has one from a stream."""
+        names = [name for name in self.emit.rings if name not in (*SEQUENCED, *ALWAYS_ON)]
+        return {name: us for name in names if (us := self.emit.newest_us(name))}
 
     def _publish(self) -> None:
         emit, venue = self.emit, self.venue
@@ -612,6 +610,12 @@ def rest_hosts(settings: ConnectorConfig, kind: type[Venue]) -> list[str]:
     return [kind.REST_URL, *(settings.rest_fallbacks or kind.REST_FALLBACKS)]
 
 
+def feeds_of(settings: ConnectorConfig, streams: Sequence[Stream]) -> list[str]:
+    """Feeds of which these streams bring rows."""
+    brought = {feed for stream in streams for feed in (stream.feed, *stream.also)}
+    return [feed for feed in settings.feeds if feed in brought]
+
+
 def selection(settings: ConnectorConfig) -> Selection:
     """Which instruments a connector's configuration means."""
     return Selection(*(tuple(getattr(settings, name)) for name in ("tickers", "kinds", "bases", "quotes")))
@@ -630,6 +634,10 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
     if settings.trade_channel and settings.trade_channel not in kind.TRADE_CHANNELS:
         choice = ", ".join(kind.TRADE_CHANNELS) or "none to choose"
         raise ConfigError(f"trade_channel: {settings.trade_channel!r} not offered by {kind.NAME}; it has {choice}")
+    if settings.book_depth > kind.BOOK_DEPTH_MAX:
+        most = kind.BOOK_DEPTH_MAX
+        allowed = f"0 to {most}" if most else "0: its books always come whole"
+        raise ConfigError(f"book_depth: {settings.book_depth} not offered by {kind.NAME}; allowed is {allowed}")
     return Options(
         ws_url=settings.ws_url,
         rest_url=settings.rest_url,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from mdcollector.emit import PRICE_MAX, QTY_MAX, TRADE_ID_BYTES_MAX, Emit, Instrument, level_code
+from mdcollector.emit import PRICE_MAX, QTY_MAX, TIME_MAX_US, TRADE_ID_BYTES_MAX, Emit, Instrument, level_code
 from mdcollector.errors import FrameError
 from mdcollector.records import ASK, BID, UNKNOWN, Action, Flag
 
@@ -35,6 +35,7 @@ SUSPECTS_BELIEVED = 3  # so many of them that follow each other closely are
 SUSPECT_STEP_MAX = 10_000
 TRADE_IDS_KEPT = 2000  # ids remembered at least, per instrument; venues give 1000 recent trades at once
 DOUBTS_MAX = 100  # recorded holes that one answer may still close
+NO_EXECUTION = "no_execution"  # cause in the ledger of a counter that no execution has
 
 TOP_LEVELS = 128  # best levels of a side that are put in order
 TOP_MAX, FRESH_MAX = 1024, 512  # entries, dead and double ones among them; then they are sorted out
@@ -509,7 +510,7 @@ class TradeSync:
         if seq == last + 1 or last < 0:
             self.last, self.last_time = seq, timestamp
             return True
-        if seq <= last and self._fill(seq):
+        if seq <= last and self._fill(seq, seq):
             return True
         if seq > last + COUNTER_JUMP_MAX or (seq <= last and timestamp > max(self.last_time, self._since)):
             return self._jump(seq, timestamp)
@@ -550,7 +551,7 @@ class TradeSync:
             self.last, self.last_time = seq, timestamp
         elif all(self._hole_with(one) is not None for one in range(first, seq + 1)):
             for one in range(first, seq + 1):
-                self._fill(one)
+                self._fill(one, one)
             return True
         else:
             self._emit.counters["trade_duplicate"] += 1
@@ -578,10 +579,13 @@ class TradeSync:
             accepted = [(*row[:5], -1, row[6]) for row in accepted]
         self._emit.trades(accepted, flags)
         self._say_filled()
+        self._raise_refused()
+        return len(accepted)
+
+    def _raise_refused(self) -> None:
         if self._refused is not None:
             error, self._refused = self._refused, None
             raise error
-        return len(accepted)
 
     @property
     def unproven(self) -> bool:
@@ -645,6 +649,41 @@ class TradeSync:
             self._open_hole(self.last + 1, seq, timestamp, self.cause if self.unproven else "sequence")
             self.last, self.last_time = seq, timestamp
 
+    def told(self, first: int, last: int, trades: Sequence[TradeRow]) -> list[tuple[int, int]]:
+        """The venue's list of all its trades from counter first to last: what it leaves out was no execution.
+
+        Returns what is still missing, before and behind the list.
+        """
+        if self.unproven:
+            self._take_tail(trades)
+        self.publish([trade for trade in trades if self._hole_with(trade[0]) is not None], _REPAIRED)
+        for hole in [hole for hole in self._holes if hole.first <= last and hole.last >= first]:
+            low, high = max(hole.first, first), min(hole.last, last)
+            self._fill(low, high)
+            self._say_filled()
+            self._no_execution(low, high)
+        return [(hole.first, hole.last) for hole in self._holes]
+
+    def skip(self, seq: int, timestamp: int) -> None:
+        """The venue gave this counter to something that is no execution: it makes no row and leaves no hole.
+
+        FrameError as from `publish`.
+        """
+        if not 0 < timestamp < TIME_MAX_US:
+            raise FrameError("absurd_number", f"{self.instrument.ticker} {seq} timestamp={timestamp}")
+        accepted = self.accept(seq, timestamp)
+        self._say_filled()
+        if accepted:
+            self._no_execution(seq, seq, timestamp)
+        self._raise_refused()
+
+    def _no_execution(self, first: int, last: int, timestamp: int = 0) -> None:
+        """In the ledger as a hole that stays: who looks for these counters in the table finds why they are not there."""
+        self._emit.gap(
+            "trades", self.instrument.ticker, first_id=first, last_id=last,
+            from_time=timestamp or -1, to_time=timestamp, cause=NO_EXECUTION,
+        )  # fmt: skip
+
     def disconnected(self, cause: str = "reconnect") -> None:
         """The connection ended: a hole that shows next is its doing."""
         self.cause, self._cause_seq = cause, self.last
@@ -673,13 +712,13 @@ class TradeSync:
         else:
             self._want_repair(self.instrument.ticker, first, last)
 
-    def _fill(self, seq: int) -> bool:
-        """Take a trade out of the hole it lies in; what is left of the hole stays open."""
-        hole = self._hole_with(seq)
+    def _fill(self, first: int, last: int) -> bool:
+        """Take counters out of the hole they lie in; what is left of the hole stays open."""
+        hole = self._hole_with(first)
         if hole is None:
             return False
         at = self._holes.index(hole)
-        rest = [hole._replace(last=seq - 1), hole._replace(first=seq + 1)]
+        rest = [hole._replace(last=first - 1), hole._replace(first=last + 1)]
         self._holes[at : at + 1] = [part for part in rest if part.first <= part.last]
         if all(part.whole != hole.whole for part in self._holes):
             self._filled.append(hole.whole)

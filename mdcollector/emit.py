@@ -8,7 +8,8 @@ counters of what was refused. `trade`, `bbo` and `levels` are the hot path and w
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ class Emit:
         self.rcv_us = self.t0_ns = 0
         self.packet_id = 1 + max(int(r.recent_rows(r.next - 1)["packet_id"].max(initial=-1)) for r in self._all_rings)
         self._seen = {name: ring.next for name, ring in self.rings.items()}
+        self.fetched_rows = 0  # of data feeds; they came over REST beside the streams
+        self._fetched: dict[
+            str, tuple[int, int]
+        ] = {}  # feed -> its newest run of them: first row, and the one behind it
         self._before_bbo: dict[int, bytes] = {}  # code -> content of the newest row when a connection opened
         self._before_ticker: dict[int, bytes] = {}
         self._beginning_until = 0.0
@@ -588,6 +593,27 @@ class Emit:
                     live = sample["flags"] & _NOT_LIVE == 0
                     self.parse_ns.add(sample["parse_ns"][live], every)
                     self.publish_ns.add(sample["publish_ns"][live], every)
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """What is published meanwhile came over REST: it does not show that a stream delivers."""
+        self.tick()
+        try:
+            yield
+        finally:
+            for name, ring in self.rings.items():
+                first, self._seen[name] = self._seen[name], ring.next
+                if first != ring.next and name not in ALWAYS_ON:
+                    self.fetched_rows += ring.next - first
+                    begin, end = self._fetched.get(name, (first, first))
+                    self._fetched[name] = (begin if end == first else first), ring.next
+
+    def newest_us(self, feed: str) -> int:
+        """Receive time of the newest row of a feed that a stream brought, also in an earlier life; 0 = none."""
+        ring = self.rings[feed]
+        begin, end = self._fetched.get(feed, (ring.next, ring.next))
+        newest = (begin if end == ring.next else ring.next) - 1
+        return int(ring.recent_rows(newest)["rcv_timestamp"][0]) if newest >= 0 else 0
 
     def last_row_ns(self, feed: str, ticker: str) -> int:
         """When (as of the last ticks) a row of this feed and instrument was seen; 0 = never."""

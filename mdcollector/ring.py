@@ -122,6 +122,11 @@ def _meta_size(capacity: int) -> int:
     return _SEALS_AT + capacity // BLOCK_ROWS * _SEAL.size
 
 
+def ring_bytes(feed: Feed, capacity: int) -> int:
+    """Memory that the files of a ring take."""
+    return capacity * feed.dtype.itemsize + _meta_size(capacity)
+
+
 class _Files:
     """The two files of a ring, validated and mapped. Shared by writer and reader."""
 

@@ -67,10 +67,11 @@ class Subscriptions:
             self._probe(min(due, key=lambda one: one[0])[1], now)
 
     def _note_data(self, stream: Stream, state: StreamState, data_ns: int) -> None:
+        if data_ns > state.suspected_at_ns:  # it brought something after all
+            state.suspect_ns = 0
         if data_ns > state.requested_ns:
             if state.first_data_ns < state.requested_ns:
                 state.first_data_ns, state.asked = data_ns, 0
-            state.suspect_ns = 0
             if state.silent_ns:
                 state.silent_ns = state.quiet = 0
                 self._emit.counters["stream_recovered"] += 1
@@ -78,7 +79,7 @@ class Subscriptions:
         if state.hole_us and not state.hole_told:
             state.hole_told = True
             self._tell_hole(stream, state)
-        elif state.hole_us and state.is_acknowledged:
+        elif state.hole_us and state.is_acknowledged and not state.silent_ns:
             self._tell_hole(stream, state)
             state.hole_us, state.hole_told = 0, False
             sync = self._venue.trade_syncs.get(stream.ticker)
@@ -86,7 +87,10 @@ class Subscriptions:
                 sync.want_tail()
 
     def _tell_hole(self, stream: Stream, state: StreamState) -> None:
-        """Twice: at once, so that even a crash leaves no silent hole, and when the stream is acknowledged again."""
+        """At once, so that even a crash leaves no silent hole; again while it lasts; and when it ends.
+
+        A hole of silence ends with the first data, any other one when the stream is acknowledged.
+        """
         now = time.time_ns()
         self._emit.packet(now, self._emit.clock())
         for feed in (stream.feed, *stream.also):
@@ -107,6 +111,13 @@ class Subscriptions:
             venue.wants.append(Reconnect(f"{len(names)} streams not acknowledged, {names[0]} among them", overlap=True))
         else:
             venue.subscribe(names)
+
+    def finish(self) -> None:
+        """The connector ends: holes that are open now end here."""
+        for stream in self._venue.streams:
+            state = self._venue.proof.get(stream.name)
+            if state is not None and state.hole_us:
+                self._tell_hole(stream, state)
 
     # Silence
 
@@ -139,7 +150,8 @@ class Subscriptions:
         self._probing, now = "", time.time_ns()
         since_ns = max(self._emit.last_row_ns(stream.feed, stream.ticker), state.requested_ns)
         if newest_us and (newest_us - _ahead_us(self._emit)) * 1000 > since_ns + self._newer_ns:
-            state.suspect_ns = now + self._newer_ns  # what is that young may still be on its way
+            # What is that young may still be on its way.
+            state.suspected_at_ns, state.suspect_ns = now, now + self._newer_ns
         else:
             state.quiet += 1
             state.probe_ns = now + self._wait_ns(state)
@@ -167,6 +179,7 @@ class Subscriptions:
         state.quiet += again
         state.probe_ns = now + self._wait_ns(state)
         if again:
+            state.hole_told = False
             venue.wants.append(Reconnect(f"{stream.name} is silent", overlap=True))
             return
         state.silent_ns = data_ns or state.requested_ns

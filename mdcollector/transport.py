@@ -12,6 +12,7 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -338,10 +339,11 @@ class Fetcher:
                 failed(status, body)
                 return True
             try:
-                if fetch.answer is not None:
-                    fetch.answer(body)
-                else:
-                    self._venue.http(url, body)
+                with emit.fetching() if self._venue.WS_URL else nullcontext():
+                    if fetch.answer is not None:
+                        fetch.answer(body)
+                    else:
+                        self._venue.http(url, body)
             except RateLimited as error:  # some venues say so in the body of an answer
                 self._hold(error)
                 return False

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -59,7 +60,8 @@ def mdcollector(*arguments: str | Path, env: Mapping[str, str] | None = None) ->
 class Fleet:
     """One simulated exchange with a connector and a writer; as a context manager everything ends with it.
 
-    The directory holds `ledger`, `fleet.toml`, `rings`, `data` and one log for each process.
+    A connector that needs several connections has a process for each, named by `connections`; its page is theirs taken
+    together. The directory holds `ledger`, `fleet.toml`, `rings`, `data` and one log for each process.
     """
 
     NAME = "conn"
@@ -75,13 +77,15 @@ class Fleet:
         sim: Sequence[str] = (),
         sim_tickers: str = "",
         env: Mapping[str, str] | None = None,
+        connections: Sequence[str] = (NAME,),
         **options: Any,
     ) -> None:
-        self.directory, self.exchange = directory, exchange
+        self.directory, self.exchange, self.connections = directory, exchange, connections
         self.feeds = feeds = feeds or FEEDS_OF.get(exchange, ALL_FEEDS)
         self.rings, self.data, self.config = directory / "rings", directory / "data", directory / "fleet.toml"
         self.tickers = list(tickers or TICKERS[exchange])
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.connectors: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
         self._env = {**os.environ, **(env or {})}
         directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +132,8 @@ class Fleet:
         instrument that was named has traded: what an exchange loses before the first trade of a run leaves no hole.
         """
         self.writer = self.write()
-        self.connector = self.connect()
+        self.connectors = [self.connect(name) for name in self.connections]
+        self.connector = self.connectors[0]
         self.wait_live()
         return self
 
@@ -161,12 +166,13 @@ class Fleet:
 
     # What they say
 
-    def stats(self, name: str = NAME) -> dict[str, Any]:
-        """The stats page of a process; {} as long as there is none."""
+    def stats(self, name: str = "") -> dict[str, Any]:
+        """The stats page of a process, or of all connections together; {} as long as there is none."""
         try:
-            return read_stats(self.rings / name / "stats")
+            pages = [read_stats(self.rings / n / "stats") for n in ([name] if name else self.connections)]
         except RingError:
             return {}
+        return pages[0] if len(pages) == 1 else _together(pages)
 
     def counter(self, name: str) -> int:
         """A counter of the connector, 0 if it never counted."""
@@ -175,12 +181,12 @@ class Fleet:
     def counters(self, prefix: str) -> dict[str, int]:
         return {k: v for k, v in self.stats().get("counters", {}).items() if k.startswith(prefix)}
 
-    def published(self, feed: str, name: str = NAME) -> int:
-        try:
-            with RingReader(self.rings / name, feed) as ring:
-                return ring.published
-        except RingError:
-            return 0
+    def published(self, feed: str, name: str = "") -> int:
+        published = 0
+        for connection in [name] if name else self.connections:
+            with suppress(RingError), RingReader(self.rings / connection, feed) as ring:
+                published += ring.published
+        return published
 
     def wait_more(self, feed: str, rows: int = 1) -> None:
         """Until a ring has so many rows more than now."""
@@ -249,13 +255,21 @@ class Fleet:
         if to_the_end:
             until(self.trades_are_proven, lambda: f"every instrument's trades are proven up to now; {self.stats()}")
         self.settle()
-        ended = self.counter("disconnected")
+        ended = self._disconnected()
         self.sim.stop()
-        until(lambda: self.counter("disconnected") > ended, "the end of the exchange was noticed")
-        self.stop(self.connector, self.writer)
-        assert self.connector.returncode == 0, self.tail()
+        until(
+            lambda: all(now > before for now, before in zip(self._disconnected(), ended, strict=True)),
+            "the end of the exchange was noticed",
+        )
+        connectors = [self.connector, *self.connectors[1:]]
+        self.stop(*connectors, self.writer)
+        assert not any(process.returncode for process in connectors), self.tail()
         assert self.writer.returncode == 0, self.tail()
         return self.prove(book_stream=book_stream, to_the_end=to_the_end)
+
+    def _disconnected(self) -> list[int]:
+        """How often each connection ended."""
+        return [self.stats(name).get("counters", {}).get("disconnected", 0) for name in self.connections]
 
     def prove(self, *, book_stream: str = "", to_the_end: bool = False) -> Proof:
         return prove(
@@ -284,3 +298,23 @@ class Fleet:
             self.sim.process.communicate()
         if kind is not None:
             sys.stderr.write(self.tail() + "\n")
+
+
+def _together(pages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The pages of several connections as one: what is counted is added up, what is listed is joined."""
+    whole: dict[str, Any] = {}
+    for page in pages:
+        for key, value in page.items():
+            if isinstance(value, dict):
+                have = whole.setdefault(key, {})
+                for name, item in value.items():
+                    have[name] = have.get(name, 0) + item if isinstance(item, int) else item
+            elif isinstance(value, list):
+                whole[key] = whole.get(key, []) + value
+            elif key.startswith(("books", "fetches", "trades_", "packets")):
+                whole[key] = whole.get(key, 0) + value
+            elif key == "state":  # the one that is not there yet
+                whole[key] = value if whole.get(key, "connected") == "connected" else whole[key]
+            else:
+                whole.setdefault(key, value)
+    return whole

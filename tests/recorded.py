@@ -277,16 +277,36 @@ def _us(time: int) -> int:
 class BinanceModel:
     """Binance Spot by plain json."""
 
+    EXCHANGE = "BINANCE_SPOT"
+
     def __init__(self) -> None:
-        self.expected = Expected("BINANCE_SPOT")
+        self.expected = Expected(self.EXCHANGE)
         self.books: dict[str, PlainBook] = {}
         self.trades: dict[str, PlainTrades] = {}
         self.best: dict[tuple[str, int], tuple[float, float, float, float]] = {}  # (ticker, u) -> bookTicker
 
     def _book(self, ticker: str) -> PlainBook:
         if ticker not in self.books:
-            self.books[ticker] = PlainBook(self.expected, ticker, _binance_judge, in_band=False)
+            self.books[ticker] = PlainBook(self.expected, ticker, self._judge(ticker), in_band=False)
         return self.books[ticker]
+
+    def _judge(self, _ticker: str) -> Callable[[int, int, int, int], str]:
+        return _binance_judge
+
+    def _depth(self, ticker: str, data: Json) -> None:
+        self._book(ticker).delta(data["U"], data["u"], -1, _us(data["E"]), data["b"], data["a"])
+
+    def _ticker(self, ticker: str, time: int, **given: Any) -> None:
+        """A row of statistics with what is given, as text."""
+        names = (
+            "last", "open_24h", "high_24h", "low_24h", "volume_24h", "quote_volume_24h", "bid_price", "ask_price",
+            "mark_price", "index_price", "funding_rate", "open_interest",
+        )  # fmt: skip
+        next_funding_time = given.pop("next_funding_time", None)
+        numbers = {name: float(given.pop(name)) if name in given else "nan" for name in names}
+        assert not given
+        row = {**self.expected.head(ticker, time, LAST), **numbers, "next_funding_time": next_funding_time}
+        self.expected.rows["tickers"].append(row)
 
     def frame(self, message: Json) -> None:
         name, data = message["stream"], message["data"]
@@ -297,24 +317,23 @@ class BinanceModel:
             trades = self.trades.setdefault(ticker, PlainTrades(self.expected, ticker))
             trades.message([(seq, _us(data["T"]), -1 if data["m"] else 1, data["p"], data["q"], str(seq))])
         elif kind.startswith("depth"):
-            self._book(ticker).delta(data["U"], data["u"], -1, _us(data["E"]), data["b"], data["a"])
+            self._depth(ticker, data)
         elif kind == "bookTicker":
             best = tuple(float(data[key]) for key in "bBaA")
             rows["bbo"].append(
                 {
-                    **head(ticker, 0, LAST), "bid_price": best[0], "bid_qty": best[1], "ask_price": best[2],
+                    **head(ticker, _us(data.get("T", 0)), LAST),  # spot gives none
+                    "bid_price": best[0], "bid_qty": best[1], "ask_price": best[2],
                     "ask_qty": best[3], "update_id": data["u"],
                 }
             )  # fmt: skip
             self.best[ticker, data["u"]] = best
         elif kind == "ticker":
-            given = {
+            words = {
                 "last": "c", "open_24h": "o", "high_24h": "h", "low_24h": "l", "volume_24h": "v",
                 "quote_volume_24h": "q", "bid_price": "b", "ask_price": "a",
             }  # fmt: skip
-            row = {**head(ticker, _us(data["E"]), LAST), **{name: float(data[key]) for name, key in given.items()}}
-            absent = ("mark_price", "index_price", "funding_rate", "open_interest")
-            rows["tickers"].append({**row, **dict.fromkeys(absent, "nan"), "next_funding_time": None})
+            self._ticker(ticker, _us(data["E"]), **{name: data[key] for name, key in words.items() if key in data})
         elif kind.startswith("kline"):
             k = data["k"]
             rows["candles"].append(
@@ -333,15 +352,77 @@ class BinanceModel:
                 steps = {f["filterType"]: f for f in s.get("filters", [])}
                 tick, lot = steps.get("PRICE_FILTER", {}).get("tickSize"), steps.get("LOT_SIZE", {}).get("stepSize")
                 self.expected.instrument(
-                    s["symbol"], active=s["status"] == "TRADING", kind="spot", base=s["baseAsset"],
+                    s["symbol"], active=s["status"] == "TRADING", base=s["baseAsset"],
                     quote=s["quoteAsset"], status=s["status"], tick_size=tick and float(tick),
-                    qty_step=lot and float(lot), contract_size=1.0, listed_time=None, expiry_time=None,
+                    qty_step=lot and float(lot), contract_size=1.0, **self._contract(s),
                 )  # fmt: skip
         if not urlsplit(url).path.endswith("/depth"):
             return
         book = self._book(parse_qs(urlsplit(url).query)["symbol"][0])
         if book.state != "live":
-            book.snapshot(answer["lastUpdateId"], 0, answer["bids"], answer["asks"])
+            book.snapshot(answer["lastUpdateId"], _us(answer.get("T", 0)), answer["bids"], answer["asks"])
+
+    def _contract(self, _symbol: Json) -> Row:
+        return {"kind": "spot", "listed_time": None, "expiry_time": None}
+
+
+class BinanceFuturesModel(BinanceModel):
+    """Binance USD-M by plain json: what differs from spot."""
+
+    EXCHANGE = "BINANCE_FUTURES"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshots: dict[str, int] = {}  # ticker -> lastUpdateId
+
+    def _judge(self, ticker: str) -> Callable[[int, int, int, int], str]:
+        def judge(local: int, first: int, last: int, prev: int) -> str:
+            """Only `pu` chains; the first event behind a snapshot may hold the snapshot's id instead."""
+            if last <= local:
+                return "old"
+            bridges = local == self.snapshots.get(ticker) and first <= local <= last
+            return "next" if prev == local or bridges else "hole"
+
+        return judge
+
+    def _contract(self, symbol: Json) -> Row:
+        ends = symbol["deliveryDate"] * 1000
+        return {
+            "kind": "future" if "QUARTER" in symbol["contractType"] else "perpetual",
+            "listed_time": symbol["onboardDate"] * 1000,
+            "expiry_time": ends if ends < 4_133_404_800_000_000 else None,
+        }
+
+    def _depth(self, ticker: str, data: Json) -> None:
+        self._book(ticker).delta(data["U"], data["u"], data["pu"], data["T"] * 1000, data["b"], data["a"])
+
+    def frame(self, message: Json) -> None:
+        name, data = message["stream"], message["data"]
+        ticker, kind = name.partition("@")[0].upper(), name.partition("@")[2]
+        if kind == "trade" and data["X"] != "MARKET":
+            time, seq = data["T"] * 1000, data["t"]
+            trades = self.trades.setdefault(ticker, PlainTrades(self.expected, ticker))
+            if trades.last >= 0 and seq != trades.last + 1:
+                self.expected.gap("trades", ticker, trades.last + 1, seq - 1, trades.last_time, time, "sequence")
+            self.expected.gap("trades", ticker, seq, seq, time, time, "no_execution")
+            trades.last, trades.last_time = seq, time
+        elif kind.startswith("markPrice"):
+            given = {"mark_price": data["p"], "index_price": data["i"]}
+            if data["T"]:
+                given |= {"funding_rate": data["r"], "next_funding_time": data["T"] * 1000}
+            self._ticker(ticker, data["E"] * 1000, **given)
+        elif kind == "forceOrder":
+            o = data["o"]
+            row = {"side": {"BUY": 1, "SELL": -1}[o["S"]], "price": float(o["p"]), "qty": float(o["q"])}
+            head = self.expected.head(ticker, o["T"] * 1000, LAST)
+            self.expected.rows.setdefault("liquidations", []).append({**head, **row})
+        else:
+            super().frame(message)
+
+    def body(self, url: str, answer: Json) -> None:
+        if urlsplit(url).path.endswith("/depth"):
+            self.snapshots[parse_qs(urlsplit(url).query)["symbol"][0]] = answer["lastUpdateId"]
+        super().body(url, answer)
 
 
 # Deribit

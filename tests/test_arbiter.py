@@ -153,6 +153,45 @@ def two(tmp_path: Path) -> Iterator[Bench]:
     made.close()
 
 
+# Instruments
+
+
+def test_what_is_said_of_instruments_is_merged_by_content_over_restarts(two: Bench) -> None:
+    """Legs read the list minutes apart: what one says later is no news, nor is what an older list said."""
+    minute = 60_000
+
+    def tell(leg: int, ms: float, tick_size: float, ticker: str = TICKER) -> None:
+        two.legs[leg].at(ms).instrument_info(ticker, True, "spot", "BTC", "USDT", "TRADING", tick_size=tick_size)
+        two.turn()
+
+    tell(0, 1, 0.01)
+    tell(1, 9 * minute, 0.01)
+    tell(1, 9 * minute, 0.01, "ETHUSDT")
+    tell(1, 10 * minute, 0.001)
+    two.rest()
+    two.arbiter.checkpoint()
+    two.crash()
+    tell(0, 11 * minute, 0.001)
+    tell(0, 11 * minute, 0.01, "ETHUSDT")
+    two.legs[0].at(12 * minute).instrument_gone(TICKER)
+    two.rest()
+    rows, names = two.rows("instruments"), two.arbiter.own["instruments"].tickers
+    said = [(names[row["ticker"]], float(row["tick_size"]), bool(row["active"])) for row in rows]
+    assert said == [
+        (TICKER, 0.01, True), ("ETHUSDT", 0.01, True), (TICKER, 0.001, True), (TICKER, 0.001, False),
+    ]  # fmt: skip
+    assert (rows["packet_id"] % 2).tolist() == [0, 1, 1, 0], "who said it first"
+
+
+def test_a_list_that_is_older_than_the_newest_word_says_nothing(two: Bench) -> None:
+    """Leg 0 comes back with rows of before: its word is older than what is known, whatever it says."""
+    two.legs[1].at(1000).instrument_info(TICKER, True, "spot", "BTC", "USDT", "TRADING", tick_size=0.001)
+    two.rest()
+    two.legs[0].at(500).instrument_info(TICKER, True, "spot", "BTC", "USDT", "TRADING", tick_size=0.01)
+    two.rest()
+    assert two.rows("instruments")["tick_size"].tolist() == [0.001]
+
+
 # Trades
 
 

@@ -170,9 +170,8 @@ def b_trade(seq: int, *, ticker: str = "AB", time_ms: int = MS, **changed: Any) 
 def b_depth(
     first: int, last: int, bids: Any = (), asks: Any = (), *, ticker: str = "AB", time_ms: int = MS
 ) -> dict[str, Any]:
-    return binance(
-        f"{ticker.lower()}@depth@100ms", e="depthUpdate", E=time_ms, s=ticker, U=first, u=last, b=bids, a=asks
-    )
+    data = {"e": "depthUpdate", "E": time_ms, "s": ticker, "U": first, "u": last, "b": bids, "a": asks}
+    return binance(f"{ticker.lower()}@depth@100ms", **data, pu=first - 1, T=time_ms)  # the last two are of futures
 
 
 def b_snapshot(one: Probe, last: int, bids: Any, asks: Any, ticker: str = "AB") -> None:
@@ -296,14 +295,16 @@ def seeds(venue: str) -> list[str]:
     """Real frames of every kind of stream of a venue."""
     frames = [path.read_text() for path in sorted((DATA / venue / "samples").glob("*.json"))]
     frames = [json.dumps(json.loads(f), separators=(",", ":")) for f in frames]
-    name = {"binance_spot": "multi_20211012", "deribit": "options_20210722", "okx": "multi_20220513"}[venue]
+    names = {"binance_spot": "multi_20211012", "binance_futures": "multi_20210722", "deribit": "options_20210722",
+             "okx": "multi_20220513"}  # fmt: skip
+    name = names[venue]
     recorded = [line["raw"] for line in entries(DATA / venue / "recorded" / f"{name}.jsonl.zst") if line["dir"] == "in"]
     return frames + recorded[:150]
 
 
 @needs_data
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("venue", ["binance_spot", "deribit", "okx"])
+@pytest.mark.parametrize("venue", ["binance_spot", "binance_futures", "deribit", "okx"])
 def test_mutated_frames(venue: str, seed: int, probe: Any) -> None:
     rng, frames = random.Random(seed), seeds(venue)
     one: Probe = probe(venue)
@@ -347,14 +348,20 @@ def test_mutated_frames(venue: str, seed: int, probe: Any) -> None:
     [
         ("binance_spot", "https://x/api/v3/depth?symbol=AB&limit=10"),
         ("binance_spot", "https://x/api/v3/historicalTrades?symbol=AB&fromId=28457&limit=10"),
+        ("binance_futures", "https://x/fapi/v1/depth?symbol=AB&limit=10"),
+        ("binance_futures", "https://x/fapi/v1/trades?symbol=AB&limit=10"),
+        ("binance_futures", "https://x/fapi/v1/openInterest?symbol=AB"),
         ("deribit", "https://x/api/v2/public/get_last_trades_by_instrument?instrument_name=A&start_seq=1"),
         ("okx", "https://x/api/v5/market/history-trades?instId=BTC-USDT&type=1&after=734864431&limit=100"),
     ],
 )
 def test_mutated_bodies(venue: str, url: str, seed: int, probe: Any) -> None:
-    names = {"depth": "depth_snapshot.json", "historicalTrades": "trades_01.json",
-             "get_last_trades_by_instrument": "last_trades.json", "history-trades": "trades.json"}  # fmt: skip
-    body = (DATA / venue / "rest" / names[url.partition("?")[0].rpartition("/")[2]]).read_text()
+    names = {"depth": ["depth_snapshot.json", "depth_snapshot_01.json"], "historicalTrades": ["trades_01.json"],
+             "get_last_trades_by_instrument": ["last_trades.json"], "history-trades": ["trades.json"],
+             "trades": ["trades.json"],
+             "openInterest": ["open_interest.json"]}  # fmt: skip
+    paths = [DATA / venue / "rest" / name for name in names[url.partition("?")[0].rpartition("/")[2]]]
+    body = next(path for path in paths if path.exists()).read_text()
     body, rng = json.dumps(json.loads(body), separators=(",", ":")), random.Random(seed)
     one: Probe = probe(venue)
     for _ in range(1500):
@@ -403,17 +410,17 @@ SHAPES: dict[str, bytes] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("venue", ["binance_spot", "deribit"])
+@pytest.mark.parametrize("venue", ["binance_spot", "binance_futures", "deribit"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_awkward_shapes_are_refused(venue: str, shape: str, probe: Any) -> None:
-    one: Probe = probe(venue, {"binance_spot": "AB", "deribit": "BTC-PERPETUAL"}[venue])
-    good = b_trade(1) if venue == "binance_spot" else d_trade(1)
+    one: Probe = probe(venue, "BTC-PERPETUAL" if venue == "deribit" else "AB")
+    good = d_trade(1) if venue == "deribit" else b_trade(1)
     assert one.feed(good)
     assert not one.feed(SHAPES[shape])
     (reason,) = [name for name in one.emit.counters if name.startswith("refused_")]
     assert len(one.emit.samples[reason]) <= 2 * 4 * emit_module.SAMPLE_BYTES_MAX + 3
-    assert one.feed(b_trade(2) if venue == "binance_spot" else d_trade(2))
-    assert one.trades("AB" if venue == "binance_spot" else "BTC-PERPETUAL") == [1, 2]
+    assert one.feed(d_trade(2) if venue == "deribit" else b_trade(2))
+    assert one.trades("BTC-PERPETUAL" if venue == "deribit" else "AB") == [1, 2]
     one.sane()
 
 

@@ -18,7 +18,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_everything_agrees_and_a_changed_row_would_be_seen(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    done = demo("--seconds", "12", "--out", str(out))
+    done = demo("--seconds", "12", "--exchanges", "binance_spot,deribit", "--rate", "50", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all agree" in done.stdout
     assert "NOT proven" not in done.stdout

@@ -101,7 +101,7 @@ def test_up_with_two_venues_patterns_and_chunks(tmp_path: Path) -> None:
              "rest_url": one.sim.rest_url, "feeds": ["trades", "orderbook_l2", "bbo", "tickers", "candles"],
              "book_depth": 100}
         )  # fmt: skip
-        plan = json.loads(mdcollector("check", "-c", one.config, "--json").stdout)
+        plan = json.loads(mdcollector("check", "-c", one.config, "--json").stdout)["connections"]
         assert [connection["name"] for connection in plan] == ["conn.1", "conn.2"] or len(plan) == 1
         up = one.spawn("up", "-c", one.config)
         names = [connection["name"] for connection in plan]
@@ -290,7 +290,7 @@ def test_patterns_without_a_venue_that_answers_are_refused(tmp_path: Path) -> No
     path.write_text(tomli_w.dumps({"connectors": {"conn": {**GOOD, "tickers": ["*USDT"]}}}))
     done = mdcollector("check", "-c", path)
     assert done.returncode == 78
-    assert "connectors.conn.tickers: patterns need the venue's list of instruments" in done.stderr
+    assert "connectors.conn.tickers: patterns and filters need the venue's list of instruments" in done.stderr
 
 
 def test_wrong_use_is_exit_code_2() -> None:

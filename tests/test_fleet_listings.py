@@ -14,17 +14,23 @@ import pytest
 from fleet import Fleet, mdcollector, until
 
 from mdcollector.emit import Emit
+from mdcollector.errors import FrameError
 from mdcollector.exchanges import InstrumentInfo, Options, Selection, Stream
 from mdcollector.exchanges.binance import BinanceSpot
 from mdcollector.listing import Followed, Listing
 from mdcollector.records import Exchange
 
-LIST = {"binance_spot": "/api/v3/exchangeInfo", "deribit": "/api/v2/public/get_instruments?currency=any&expired=false"}
+LIST = {
+    "binance_spot": "/api/v3/exchangeInfo",
+    "deribit": "/api/v2/public/get_instruments?currency=any&expired=false",
+    "okx": "/api/v5/public/instruments?instType=SPOT",
+}
 FEEDS = ("trades", "orderbook_l2", "bbo")
 # venue: pattern, listed from the start (the first one stays), listed later, not meant
 NAMES = {
     "binance_spot": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWBTC"),
     "deribit": ("*-PERPETUAL", ("BTC-PERPETUAL", "ETH-PERPETUAL"), "NEW_USDC-PERPETUAL", "BTC-25DEC26"),
+    "okx": ("*-USDT", ("BTC-USDT", "ETH-USDT"), "NEW-USDT", "NEW-BTC"),
 }
 EVERY_VENUE = pytest.mark.parametrize("exchange", NAMES)
 Start = Callable[..., Fleet]
@@ -38,7 +44,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         def make(exchange: str, **options: Any) -> Fleet:
             pattern, listed, _, _ = NAMES[exchange]
             sim_tickers = ",".join(f"{ticker}:1" for ticker in listed)
-            every_s = {"binance_spot": 0.5, "deribit": 1.5}[exchange]  # the list costs more there
+            every_s = {"binance_spot": 0.5, "deribit": 4.0, "okx": 3.0}[exchange]  # the list costs more there
             options = {"instruments_s": every_s, "feeds": FEEDS, "sim_tickers": sim_tickers, **options}
             return stack.enter_context(Fleet(tmp_path / exchange, exchange, tickers=[pattern], **options))
 
@@ -51,6 +57,8 @@ def listed_by(fleet: Fleet) -> dict[str, dict[str, Any]]:
         body = json.load(response)
     if fleet.exchange == "deribit":
         rows = ((i["instrument_name"], i["is_active"], float(i["tick_size"])) for i in body["result"])
+    elif fleet.exchange == "okx":
+        rows = ((i["instId"], i["state"] == "live", float(i["tickSz"])) for i in body["data"])
     else:
         rows = ((s["symbol"], s["status"] == "TRADING", float(s["filters"][0]["tickSize"])) for s in body["symbols"])
     return {ticker: {"active": active, "tick_size": tick_size} for ticker, active, tick_size in rows}
@@ -274,6 +282,23 @@ def test_a_list_without_end_is_given_up(two: Connection) -> None:
 def test_what_a_sibling_has_is_not_taken(two: Connection) -> None:
     two.answer(a=body_of("A", "B"), b=body_of("SIBLING"))
     assert two.tickers == ["A", "B"]
+
+
+def test_a_stream_that_serves_several_instruments_stays_for_the_others(tmp_path: Path) -> None:
+    shared = Connection(tmp_path, [Stream("all@trade", "trades", ticker) for ticker in ("A", "B")])
+    venue = shared.venue
+    venue.remove({"A"}, connected=True)
+    assert not venue.wants, "nothing is left: the stream brings B too"
+    venue.admit("B")
+    with pytest.raises(FrameError):
+        venue.admit("A")
+    venue.add([Stream("all@trade", "trades", "A")], connected=True)
+    assert not venue.wants, "nothing is asked for twice"
+    venue.admit("A")
+    venue.remove({"A", "B"}, connected=True)
+    (want,) = venue.wants
+    assert json.loads(want.text) == {"method": "UNSUBSCRIBE", "params": ["all@trade"], "id": 1}
+    shared.emit.close()
 
 
 def test_without_room_it_is_counted_once_and_told(tmp_path: Path) -> None:

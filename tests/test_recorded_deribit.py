@@ -509,3 +509,17 @@ def test_other_bodies_make_no_rows(name: str, venue: Any) -> None:
         with pytest.raises(msgspec.DecodeError):
             Deribit.instruments(raw)
     assert sum(ring.next for ring in venue.emit.rings.values()) == 0
+
+
+def test_all_recorded_fields_are_known_and_a_new_one_is_told_once(tmp_path: Path) -> None:
+    report = normalize("deribit", [recording(name) for name in RECORDINGS], tmp_path / "out")
+    assert "protocol_drift" not in report.counters
+    emit = Emit(tmp_path / "rings", "t", Deribit.EXCHANGE, Deribit.FEEDS, capacities=SMALL, semaphore=False)
+    venue = Deribit(emit, Options(), [], open_world=True)
+    frame = next(line for line in entries(recording("tickers_20260930")) if '"ticker.' in line.get("raw", ""))["raw"]
+    emit.packet(SAMPLE_TIME_NS, 0)
+    for _ in range(3):
+        venue.decode(frame.replace('"stats":{', '"stats":{"median":1.5,', 1).encode())
+    assert emit.counters["protocol_drift"] == 1
+    assert "new field median" in venue.notes
+    emit.close()

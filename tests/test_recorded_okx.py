@@ -9,6 +9,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -29,6 +30,7 @@ from recorded import (
     run,
     same_decimal,
     table,
+    told,
 )
 
 from mdcollector import OrderBook
@@ -220,7 +222,17 @@ class OkxModel:
         self.reached: dict[str, int] = {}  # last trade of those that are merged
 
     def body(self, url: str, answer: Any) -> None:
-        """No recording holds an answer that becomes rows."""
+        assert urlsplit(url).path == "/api/v5/public/instruments"
+        kinds = {"SPOT": "spot", "SWAP": "perpetual", "FUTURES": "future", "OPTION": "option"}
+        for i in answer["data"]:
+            base, quote = (i["baseCcy"], i["quoteCcy"]) if i["instType"] == "SPOT" else i["uly"].split("-")
+            size = Decimal(i["ctVal"]) * Decimal(i["ctMult"] or 1) if i["ctVal"] else Decimal(1)
+            listed, expiry = (1000 * int(i[key]) if i[key] else None for key in ("listTime", "expTime"))
+            self.expected.instrument(
+                i["instId"], active=i["state"] == "live", kind=kinds[i["instType"]], base=base, quote=quote,
+                status=i["state"], tick_size=float(i["tickSz"]), qty_step=float(i["lotSz"]), contract_size=float(size),
+                listed_time=listed, expiry_time=expiry,
+            )  # fmt: skip
 
     def frame(self, message: Any) -> None:
         if "data" not in message:
@@ -750,20 +762,9 @@ LAST_TRADES = ["trades.json", "recent_trades.json"]
 @pytest.mark.parametrize("name", INSTRUMENTS)
 def test_instruments_body(name: str) -> None:
     raw = (FOLDER / "rest" / name).read_bytes()
-    kinds = {"SPOT": "spot", "SWAP": "perpetual", "FUTURES": "future", "OPTION": "option"}
-    found = Okx.instruments(raw)
-    listed = json.loads(raw)["data"]
-    assert [i.ticker for i in found] == [i["instId"] for i in listed]
-    for info, i in zip(found, listed, strict=True):
-        assert (info.kind, info.status, info.active) == (kinds[i["instType"]], i["state"], i["state"] == "live")
-        assert same_decimal(info.tick_size, i["tickSz"])
-        assert same_decimal(info.qty_step, i["lotSz"])
-        size = Decimal(i["ctVal"]) * Decimal(i["ctMult"] or 1) if i["ctVal"] else Decimal(1)
-        assert info.contract_size == pytest.approx(float(size), rel=1e-15)
-        for time, text in ((info.listed_time, i["listTime"]), (info.expiry_time, i["expTime"])):
-            assert time == (1000 * int(text) if text else -1)
-        pair = (i["baseCcy"], i["quoteCcy"]) if i["instType"] == "SPOT" else tuple(i["uly"].split("-"))
-        assert (info.base, info.quote) == pair
+    model = OkxModel()
+    model.body("/api/v5/public/instruments", json.loads(raw))
+    assert {i.ticker: told(i) for i in Okx.instruments(raw)} == model.expected.instruments != {}
 
 
 def test_sizes_of_contracts() -> None:
@@ -884,6 +885,34 @@ def test_what_several_instruments_share_is_subscribed_once_and_written_for_each(
     assert venue.emit.counters["liquidations_of_others"] == 1
 
 
+def test_leaving_one_of_those_that_share_a_stream_leaves_it_to_the_others(make: Make) -> None:
+    """A delisted future must neither end the index of the perpetual nor be written any more; and it may come back."""
+    stays, goes = "BTC-USDT-SWAP", "BTC-USDT-261030"
+    of = {ticker: Okx.streams_of(ticker, ("tickers",), Options()) for ticker in (stays, goes)}
+    venue = make(*of[stays], *of[goes])
+    frame = (FOLDER / "samples" / "rec_index_tickers_perp_20260930.json").read_bytes()
+
+    def written() -> list[str]:
+        before = venue.emit.rings["tickers"].next
+        venue.decode(frame)
+        rows = venue.emit.rings["tickers"].recent_rows(before)
+        return [venue.emit.rings["tickers"].tickers[code] for code in rows["ticker"].tolist()]
+
+    assert written() == [stays, goes]
+    venue.remove([goes], connected=True)
+    ((request),) = sent(venue)
+    assert request["op"] == "unsubscribe"
+    assert {tuple(arg.values()) for arg in request["args"]} == {
+        (channel, goes) for channel in ("tickers", "mark-price", "open-interest")
+    }
+    assert written() == [stays]
+    assert "index-tickers:BTC-USDT" in venue.proof
+    venue.add(of[goes], connected=True)
+    ((request),) = sent(venue)
+    assert {"channel": "index-tickers", "instId": "BTC-USDT"} not in request["args"]
+    assert written() == [stays, goes]
+
+
 def test_an_error_refuses_the_stream_that_it_names_or_the_whole_request(make: Make) -> None:
     names = [f"tickers:T{n}-USDT" for n in range(4)]
     venue = make(*[stream(name, "tickers", name.partition(":")[2]) for name in names])
@@ -904,25 +933,6 @@ def test_an_error_refuses_the_stream_that_it_names_or_the_whole_request(make: Ma
     assert venue.emit.counters["stream_refused"] == 3
     with pytest.raises(FrameError, match="60012"):  # of no request that is known
         venue.decode(json.dumps({**error, "code": "60012", "msg": "Invalid request"}).encode())
-
-
-def test_what_stays_unanswered_is_asked_for_again_and_in_the_end_refused(make: Make) -> None:
-    names = ["tickers:A-USDT", "tickers:B-USDT"]
-    venue = make(*[stream(name, "tickers", name.partition(":")[2]) for name in names])
-    venue.opened()
-    ((first),) = sent(venue)
-    venue.decode(json.dumps({"event": "subscribe", "arg": first["args"][0]}).encode())
-    for request in venue._pending.values():
-        now = request.sent_ns
-    asked = []
-    for n in range(1, 8):
-        for request in venue._pending.values():
-            request.sent_ns = now
-        venue.tick(now + n * 16_000_000_000)
-        asked += [m["args"] for m in sent(venue) if m != "ping"]
-    assert asked == [[first["args"][1]]] * 2
-    assert venue.proof[names[0]].refused == ""
-    assert "neither" in venue.proof[names[1]].refused
 
 
 def test_a_ping_in_silence_and_a_reconnect_when_nothing_answers(make: Make) -> None:

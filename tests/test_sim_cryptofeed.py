@@ -120,6 +120,28 @@ def test_binance_trades_and_books_equal_the_ledger(python: Path, certificates: d
         assert check_books(books, ledger, ticker, "depth@100ms") > 20
 
 
+def test_binance_futures_books_equal_the_ledger_and_no_trade_comes(
+    python: Path, certificates: dict[str, str], tmp_path: Path
+) -> None:
+    """The library connects without a route, as all did before 2026-04-23: books come there. Its trades are `aggTrade`,
+    which only /market carries, so its subscription is acknowledged and stays silent (F1), as on the venue itself.
+    """
+    tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
+    market = ("--rate", "150", "--tickers", "BTCUSDT:1,ETHUSDT:0.5")
+    with SimProcess("binance_futures", *market, *tls, ledger=tmp_path / "l") as sim:
+        symbols = ["BTC-USDT-PERP", "ETH-USDT-PERP"]
+        names, rows = received(python, "BINANCE_FUTURES", sim, symbols, certificates["ca"], tmp_path)
+        sim.stop()
+    ledger = sim.ledger()
+    assert names == {"BTC-USDT-PERP": "BTCUSDT", "ETH-USDT-PERP": "ETHUSDT"}
+    for symbol, ticker in names.items():
+        mine = [row for row in rows if row["symbol"] == symbol]
+        assert {row["kind"] for row in mine} == {"book"}
+        assert check_books(mine, ledger, ticker, "depth@100ms") > 20
+        assert ledger.aggtrades(ticker)
+    assert [c["path"].partition("?")[0] for c in ledger.connections if c["event"] == "open"] == ["/stream"]
+
+
 def test_deribit_trades_and_books_equal_the_ledger(python: Path, certificates: dict[str, str], tmp_path: Path) -> None:
     tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
     market = ("--rate", "150", "--tickers", "BTC-PERPETUAL:1,ETH-PERPETUAL:0.5", "--credential", "someone:secret")
@@ -171,3 +193,24 @@ def test_coinbase_trades_and_bids_equal_the_ledger(python: Path, certificates: d
 
 def _number(text: str) -> Decimal:
     return Decimal(text).normalize()
+
+
+def test_okx_trades_and_books_equal_the_ledger(python: Path, certificates: dict[str, str], tmp_path: Path) -> None:
+    """The library looks at no seqId and asks for candles on the public path, where the venue refuses them (60018); so
+    books are told apart by their time, and candles are left out. Merged trades come to it as one, as the venue sends them.
+    """
+    tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
+    market = ("--rate", "150", "--tickers", "BTC-USDT:1,BTC-USDT-SWAP:0.5")
+    with SimProcess("okx", *market, *tls, ledger=tmp_path / "l") as sim:
+        names, rows = received(python, "OKX", sim, ["BTC-USDT", "BTC-USDT-PERP"], certificates["ca"], tmp_path)
+        sim.stop()
+    ledger = sim.ledger()
+    assert names == {"BTC-USDT": "BTC-USDT", "BTC-USDT-PERP": "BTC-USDT-SWAP"}
+    for symbol, ticker in names.items():
+        mine = [row for row in rows if row["symbol"] == symbol]
+        check_trades([row for row in mine if row["kind"] == "trade"], ledger.aggtrades(ticker))
+        times = {event["last"]: event["t"] // 1000 for event in ledger.book_events(ticker, "books")}
+        ids = {time: update_id for update_id, time in times.items()}
+        # Of the first book, which begins between two messages, only the levels are of a message.
+        books = [{**row, "seq": ids[row["seq"]]} for row in mine if row["kind"] == "book" and row["seq"] in ids]
+        assert check_books(books, ledger, ticker, "books") == len(books) > 20

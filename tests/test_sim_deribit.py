@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from mdcollector.exchanges.deribit import Deribit
+from tools.sim.deribit import Deribit as Simulated
 from tools.sim.process import SimProcess
 
 Row = dict[str, Any]
@@ -408,3 +410,11 @@ def test_grouped_books_charts_and_new_instruments() -> None:
 
     with SimProcess(VENUE, *FAST) as sim:
         within(talk(sim))
+
+
+def test_the_connectors_of_one_machine_stay_within_the_pool_of_credits() -> None:
+    """Whatever the sharing of the budget between them: in any seconds no more subscribes than pool and refill pay for."""
+    (subscribes, seconds), limits = Deribit.LIMITS.messages_per_ip, Simulated.limits
+    paid_for = limits["subscribe_pool"] + seconds * limits["refill_per_s"]
+    assert 0 < subscribes * limits["subscribe_cost"] <= paid_for
+    assert subscribes / seconds <= limits["refill_per_s"] / limits["subscribe_cost"], "also for ever"

@@ -69,7 +69,7 @@ def test_a_writer_without_a_file_only_counts() -> None:
     assert writer.totals() == {"trade": {"A": 1}}
 
 
-@pytest.mark.parametrize("venue", ["binance_spot", "deribit"])
+@pytest.mark.parametrize("venue", ["binance_spot", "binance_futures", "deribit"])
 def test_the_same_seed_gives_the_same_ledger_and_another_one_another(venue: str, tmp_path: Path) -> None:
     def run(name: str, seed: int, *more: str) -> list[dict[str, Any]]:
         arguments = ("--rate", "max", "--epoch", EPOCH, "--seconds", "3", "--seed", str(seed), *more)
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_ledger_and_another_one_another(venue: str,
     assert first != run("c", 6)
 
 
-@pytest.mark.parametrize("venue", ["binance_spot", "deribit"])
+@pytest.mark.parametrize("venue", ["binance_spot", "binance_futures", "deribit"])
 def test_a_paced_run_writes_what_the_fast_one_writes(venue: str, tmp_path: Path) -> None:
     arguments = ("--epoch", EPOCH, "--seconds", "2", "--seed", "5")
     with SimProcess(venue, *arguments, "--rate", "1000", ledger=tmp_path / "paced") as sim:
@@ -96,7 +96,7 @@ def test_a_paced_run_writes_what_the_fast_one_writes(venue: str, tmp_path: Path)
     assert paced == fast
 
 
-@pytest.mark.parametrize("venue", ["binance_spot", "deribit"])
+@pytest.mark.parametrize("venue", ["binance_spot", "binance_futures", "deribit"])
 def test_every_speed_of_the_book_ends_at_the_final_book(venue: str, tmp_path: Path) -> None:
     arguments = ("--rate", "max", "--epoch", EPOCH, "--seconds", "4.05")
     with SimProcess(venue, *arguments, ledger=tmp_path / "l") as sim:
@@ -116,7 +116,8 @@ def test_every_speed_of_the_book_ends_at_the_final_book(venue: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("venue", "ticker", "interval"), [("binance_spot", "BTCUSDT", "1m"), ("deribit", "BTC-PERPETUAL", "1")]
+    ("venue", "ticker", "interval"),
+    [("binance_spot", "BTCUSDT", "1m"), ("binance_futures", "BTCUSDT", "1m"), ("deribit", "BTC-PERPETUAL", "1")],
 )
 def test_candles_in_the_ledger_hold_its_trades(venue: str, ticker: str, interval: str, tmp_path: Path) -> None:
     arguments = ("--rate", "max", "--epoch", EPOCH, "--seconds", "130", "--tickers", f"{ticker}:0.02")

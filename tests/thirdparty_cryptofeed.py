@@ -2,7 +2,7 @@
 
 Run by `test_sim_cryptofeed.py` in an environment of its own that has cryptofeed and nothing of this project:
 
-    python thirdparty_cryptofeed.py BINANCE|COINBASE|DERIBIT WS_URL REST_URL SECONDS SYMBOL...
+    python thirdparty_cryptofeed.py BINANCE|BINANCE_FUTURES|COINBASE|DERIBIT|OKX WS_URL REST_URL SECONDS SYMBOL...
 
 Only the addresses (class attributes that the library has for this purpose), the TLS context and the credentials are set.
 """
@@ -15,9 +15,12 @@ import sys
 from cryptofeed import FeedHandler
 from cryptofeed.connection import RestEndpoint, WebsocketEndpoint
 from cryptofeed.defines import L2_BOOK, TRADES
-from cryptofeed.exchanges import Binance, Coinbase, Deribit
+from cryptofeed.exchanges import OKX, Binance, BinanceFutures, Coinbase, Deribit
 
-FEEDS = {"BINANCE": (Binance, ""), "COINBASE": (Coinbase, ""), "DERIBIT": (Deribit, "/ws/api/v2")}
+FEEDS = {
+    "BINANCE": (Binance, ""), "BINANCE_FUTURES": (BinanceFutures, ""), "COINBASE": (Coinbase, ""),
+    "DERIBIT": (Deribit, "/ws/api/v2"), "OKX": (OKX, "/ws/v5/public"),
+}  # fmt: skip
 
 
 def tell(**row):
@@ -31,7 +34,9 @@ async def on_trade(trade, _received):
 async def on_book(book, _received):
     levels = book.book.to_dict()
     sides = {side: {str(price): str(qty) for price, qty in levels[side].items()} for side in ("bid", "ask")}
-    tell(kind="book", symbol=book.symbol, seq=book.sequence_number, **sides)
+    # Where the library hands on no number of a message, its time in ms stands for it.
+    seq = book.sequence_number if book.sequence_number is not None else round(book.timestamp * 1000)
+    tell(kind="book", symbol=book.symbol, seq=seq, **sides)
 
 
 def main():

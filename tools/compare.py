@@ -385,8 +385,7 @@ class OwnSide:
     def __init__(self, venue: Venue, report: Report, feeds: list[str], tickers: list[str], url: str) -> None:
         self._venue, self._report, self._url = venue, report, url.rstrip("/")
         self._tickers = {ticker.lower() for ticker in tickers}
-        streams, size = venue.streams_for(tickers, feeds), venue.streams_per_connection
-        self._chunks = [streams[i : i + size] for i in range(0, len(streams), size)]
+        self._chunks = venue.connections(venue.streams_for(tickers, feeds))
         self._away_since: dict[str, int] = {}
         self._never_ready = {f"ws{number}" for number in range(1, len(self._chunks) + 1)}
         self.frames = self.unreadable = self.disconnects = 0

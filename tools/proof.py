@@ -10,7 +10,7 @@ dictionaries, the tables are read with pyarrow, and every rule is written here a
                 depth event is there once, is named by `gaps`, or lies before the snapshot that ended the hole. Only
                 rows flagged UNPROVEN stand in no book: they are the exchange's, and nothing but a snapshot or the end
                 follows them
-    bbo, tickers, candles
+    bbo, tickers, candles, liquidations
                 rows are the exchange's, in its order; a missing one lies in the time of a hole that `gaps` records, or
                 lay between two polls of a polled venue, of which only every closed candle must be there
     rings       tables have the very rows of the rings, seq_ids without a hole up to what was published

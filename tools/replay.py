@@ -437,12 +437,9 @@ class Recorder:
         if not self._venue.ws_url:
             await self._poll(tickers, streams, stop)
             return True
-        size = self._venue.streams_per_connection
         feeds = [
-            LiveFeed(
-                self._venue, f"ws{n}", streams[i : i + size], self._ws_url, self._on_frame, self._on_sent, self._on_open
-            )
-            for n, i in enumerate(range(0, len(streams), size), 1)
+            LiveFeed(self._venue, f"ws{n}", some, self._ws_url, self._on_frame, self._on_sent, self._on_open)
+            for n, some in enumerate(self._venue.connections(streams), 1)
         ]
         async with aiohttp.ClientSession() as http:
             for request in self._venue.fetches(tickers):

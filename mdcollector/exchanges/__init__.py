@@ -138,7 +138,8 @@ class StreamState(msgspec.Struct):
     asked: int = 0  # requests without an acknowledgement
     probe_ns: int = 0  # it is not checked over REST before
     quiet: int = 0  # checks in a row that changed nothing
-    suspect_ns: int = 0  # REST shows more than it brought; it is silent if it has not brought that by then
+    suspected_at_ns: int = 0  # REST showed more than it brought
+    suspect_ns: int = 0  # it is silent if it has not brought more by then; 0 = not suspected
     hole_us: int = 0  # last data before a hole that is not told to its end; 0 = none
     hole_cause: str = ""
     hole_told: bool = False
@@ -161,6 +162,7 @@ class Venue(ABC):
     REST_FALLBACKS: ClassVar[tuple[str, ...]] = ()  # hosts that are asked in turn when one does not answer
     LIMITS: ClassVar[Limits]
     INTERVALS: ClassVar[tuple[str, ...]] = ()  # of candles
+    BOOK_DEPTH_MAX: ClassVar[int] = 5000  # levels of a snapshot that may be asked for; 0 = a book always comes whole
     TRADE_CHANNELS: ClassVar[tuple[str, ...]] = ()  # where the configuration may choose, the default first
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
     PREFIX: ClassVar[bytes] = b""  # how a frame of a stream begins, up to what tells the stream
@@ -179,7 +181,7 @@ class Venue(ABC):
         self.path = streams[0].path if streams else ""
         self.proof = {stream.name: StreamState() for stream in streams}
         self._tickers = {stream.name: stream.ticker for stream in streams}
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         self._routes: dict[bytes, Decode] = {}
         self.decode = self._router()
         self.wants: deque[Want] = deque()
@@ -228,6 +230,9 @@ class Venue(ABC):
             for stream in cls.streams_of(ticker, feeds, options):
                 by_path.setdefault(stream.path, []).append(stream)
             for path, streams in by_path.items():
+                if not cls.fits([], streams):
+                    names = ", ".join(stream.name for stream in streams[:NAMES_SHOWN_MAX])
+                    raise ConfigError(f"{ticker}: {len(streams)} streams are more than a connection carries: {names}")
                 if path not in filling or not cls.fits(filling[path], streams):
                     connections.append([])
                     filling[path] = connections[-1]
@@ -259,16 +264,18 @@ class Venue(ABC):
 
     def add(self, streams: Sequence[Stream], *, connected: bool) -> None:
         """Take these streams, too; asked for at once on an open connection, else with all others."""
-        now_ns = time.time_ns()
+        now_ns, known = time.time_ns(), self.proof.keys()
+        fresh = list({stream.name: stream for stream in streams if stream.name not in known}.values())
         self.streams += streams
-        for stream in streams:
+        for stream in fresh:  # others were subscribed for another instrument that they serve as well
             before_us = self.emit.last_rcv_us(stream.feed, stream.ticker)  # of an earlier listing, or an earlier life
             self.proof[stream.name] = StreamState(requested_ns=now_ns, hole_us=before_us, hole_cause="listing")
         self._tickers |= {stream.name: stream.ticker for stream in streams}
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         self._routes.clear()  # they may lead to the book of an earlier listing
-        if connected:
-            self.subscribe([stream.name for stream in streams])
+        self._streams_changed((), ())
+        if connected and fresh:
+            self.subscribe([stream.name for stream in fresh])
         self.resume()
         for ticker in {stream.ticker for stream in streams} & self.trade_syncs.keys():
             if connected and self.trade_syncs[ticker].unproven:
@@ -276,13 +283,15 @@ class Venue(ABC):
 
     def remove(self, tickers: Collection[str], *, connected: bool) -> None:
         """Leave all streams of these instruments, drop their books and counters; where they stood is remembered."""
-        names = [stream.name for stream in self.streams if stream.ticker in tickers]
-        self.streams = [stream for stream in self.streams if stream.ticker not in tickers]
+        kept = [stream for stream in self.streams if stream.ticker not in tickers]
+        shared = {stream.name for stream in kept}
+        names = list(dict.fromkeys(s.name for s in self.streams if s.ticker in tickers and s.name not in shared))
+        self.streams = kept
         for name in names:
-            del self._tickers[name]
+            self._tickers.pop(name, None)
             self.proof.pop(name, None)
             self.notes.pop(f"refused {name}", None)
-        self._wanted = set(self._tickers.values())
+        self._wanted = {stream.ticker for stream in self.streams}
         for ticker in tickers:
             if (book := self.books.pop(ticker, None)) is not None:
                 for _ in book.flush():
@@ -290,8 +299,12 @@ class Venue(ABC):
                 self._books_left[ticker] = book.last_id
             if (sync := self.trade_syncs.pop(ticker, None)) is not None:
                 self._trades_left[ticker] = sync.last, []
+        self._streams_changed(names, tickers)
         if connected and names:
             self.unsubscribe(names)
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:  # noqa: B027 (few need it)
+        """`streams` has changed: drop what the venue itself keeps of streams that were left, of instruments gone."""
 
     def _router(self) -> Decode:
         """`decode`: translate one text message. FrameError or msgspec.DecodeError when it is unusable.

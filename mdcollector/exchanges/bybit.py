@@ -9,7 +9,7 @@ REST. Tickers of derivatives carry only what changed.
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
@@ -333,6 +333,13 @@ class Bybit(Venue):
         self._depths: dict[str, str] = {}  # ticker -> depth of the topic that its book comes from
         self._best = _best_left(emit)  # ticker -> u and seq of the last row of bbo, older messages since
         self._ticker_states: dict[str, _TickerState] = {}
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        for topic in left:
+            self._handlers.pop(topic, None)
+        for ticker in gone:
+            self._depths.pop(ticker, None)
+            self._ticker_states.pop(ticker, None)
 
     # Planning
 

@@ -334,6 +334,15 @@ class Coinbase(Venue):
         self._again: dict[str, int] = {}  # stream that is to be subscribed anew -> when that was done (0 = not yet)
         self._again_ns = 0
 
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        for name in left:
+            self._again.pop(name, None)
+        for ticker in gone:
+            self._book_takers.pop(ticker, None)
+            self._candles.pop(ticker, None)
+            for feed in ("bbo", "candles"):
+                self._end_hole(feed, ticker)
+
     # Planning
 
     @classmethod
@@ -375,14 +384,6 @@ class Coinbase(Venue):
     def unsubscribe(self, names: Sequence[str]) -> None:
         self._leave(names)
         self._ask_for("unsubscribe", names)
-
-    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
-        super().remove(tickers, connected=connected)
-        for ticker in tickers:
-            self._book_takers.pop(ticker, None)
-            self._candles.pop(ticker, None)
-            for feed in ("bbo", "candles"):
-                self._end_hole(feed, ticker)
 
     def closing(self) -> list[str]:
         return [self._message("unsubscribe", "heartbeats", [])]  # one: the limit of messages holds here, too

@@ -27,7 +27,7 @@ import hmac
 import re
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -263,6 +263,12 @@ class CoinbaseExchange(Venue):
             self._secret = base64.b64decode(self._credentials.get("secret", ""), validate=True)
         except binascii.Error:
             self._without_credentials("the secret is not base64")
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        for ticker in gone:
+            self._depths.pop(ticker, None)
+            self._told.pop(ticker, None)
+        self._to_audit = deque(ticker for ticker in self._to_audit if ticker not in gone)
 
     # Planning
 

@@ -38,6 +38,7 @@ RESUBSCRIBE_EVERY_NS = 500_000_000  # books that need a snapshot are resubscribe
 RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked for again
 REFILL_S = 10.0  # after error 10028: the subscribe pool of 30,000 credits refills at about 10,000 in 3 s
 TRADES_PER_REQUEST = 1000
+PROBE_TRADES = 20  # so many are asked for, as block trades may be among them
 CANDLE_AHEAD_MAX_US = 3_600_000_000  # a candle that starts later than this from now is a broken frame
 NEVER_MS = 4_102_444_800_000  # an expiry from the year 2100 on is none
 REFRESH_SHARE = 0.8  # of a token's life, then it is refreshed
@@ -178,10 +179,26 @@ class _TradesReply(msgspec.Struct):
     result: _TradesResult
 
 
+class _Newest(msgspec.Struct):
+    """public/get_last_trades_by_instrument, what a probe needs of a trade."""
+
+    timestamp: TimeMs
+    block_trade_id: str | None = None
+
+
+class _NewestResult(msgspec.Struct):
+    trades: list[_Newest]
+
+
+class _NewestReply(msgspec.Struct):
+    result: _NewestResult
+
+
 class _BookResult(msgspec.Struct):
     """public/get_order_book, what a probe needs of it."""
 
     timestamp: TimeMs
+    change_id: Id
 
 
 class _BookReply(msgspec.Struct):
@@ -204,6 +221,7 @@ _decode_quote, _decode_ticker, _decode_chart = (
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_instruments = msgspec.json.Decoder(_Instruments).decode
 _decode_trades_reply = msgspec.json.Decoder(_TradesReply).decode
+_decode_newest = msgspec.json.Decoder(_NewestReply).decode
 _decode_book_reply = msgspec.json.Decoder(_BookReply).decode
 _decode_token = msgspec.json.Decoder(_Token).decode
 _decode_names = msgspec.json.Decoder(list[str]).decode
@@ -231,6 +249,7 @@ class Deribit(Venue):
     EXCHANGE = Exchange.DERIBIT
     FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
     INTERVALS = tuple(_RESOLUTIONS)
+    BOOK_DEPTH_MAX = 0
     WS_URL = "wss://www.deribit.com"
     REST_URL = "https://www.deribit.com"
     PREFIX = b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"'
@@ -241,8 +260,21 @@ class Deribit(Venue):
         weight=(20, 1.0),  # non-matching requests: 20 a second sustained
         instruments_weight=20,  # get_instruments costs 10,000 credits, of which 10,000 come back in a second
         lifetime_s=0,
+        messages_per_ip=(33, 10.0),  # subscribes: 3,000 credits of a pool of 30,000, of which 10,000 come back a second
     )
     CREDENTIALS = ("client_id", "client_secret")
+    KNOWN_FIELDS = frozenset({
+        "jsonrpc", "method", "params", "channel", "data", "type", "timestamp", "instrument_name", "state",
+        "change_id", "prev_change_id", "bids", "asks", "trade_id", "trade_seq", "price", "amount", "contracts",
+        "direction", "index_price", "mark_price", "tick_direction", "iv", "liquidation", "legs", "combo_id",
+        "combo_trade_id", "combo_state", "block_trade_id", "block_trade_leg_count", "block_rfq_id",
+        "starbase_match_id", "starbase_timestamp", "best_bid_price", "best_bid_amount", "best_ask_price",
+        "best_ask_amount", "stats", "high", "low", "volume", "volume_usd", "volume_notional", "price_change",
+        "last_price", "open_interest", "current_funding", "funding_8h", "min_price", "max_price", "settlement_price",
+        "delivery_price", "estimated_delivery_price", "interest_rate", "interest_value", "underlying_price",
+        "underlying_index", "bid_iv", "ask_iv", "mark_iv", "implied_bid", "implied_ask", "greeks", "delta", "gamma",
+        "vega", "theta", "rho", "tick", "open", "close", "cost",
+    })  # fmt: skip
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
@@ -498,16 +530,21 @@ class Deribit(Venue):
     # Whether an acknowledged stream delivers
 
     def probe(self, stream: Stream) -> Fetch:
-        """The newest trade for trades and candles; for the others the book, whose time is that of its last change."""
+        """The book for the book; trades for all others, which they change, too."""
         query = {"instrument_name": stream.ticker}
-        if stream.feed in ("trades", "candles"):
-            return Fetch(stream.name, f"/api/v2/public/get_last_trades_by_instrument?{urlencode(query)}&count=1", 1)
-        return Fetch(stream.name, f"/api/v2/public/get_order_book?{urlencode(query)}&depth=1", 1)
+        if stream.feed == "orderbook_l2":
+            return Fetch(stream.name, f"/api/v2/public/get_order_book?{urlencode(query)}&depth=1", 1)
+        path = f"/api/v2/public/get_last_trades_by_instrument?{urlencode(query)}&count={PROBE_TRADES}"
+        return Fetch(stream.name, path, 1)
 
     def newest_us(self, stream: Stream, body: bytes) -> int:
-        if stream.feed in ("trades", "candles"):
-            return max((t.timestamp * 1000 for t in decode_body(_decode_trades_reply, body).result.trades), default=0)
-        return decode_body(_decode_book_reply, body).result.timestamp * 1000
+        if stream.feed == "orderbook_l2":
+            now, book = decode_body(_decode_book_reply, body).result, self.books.get(stream.ticker)
+            return 0 if book is not None and now.change_id <= book.last_id else now.timestamp * 1000
+        trades = decode_body(_decode_newest, body).result.trades
+        if stream.feed != "trades":  # block trades pass by the book, the best prices and the candles
+            trades = [trade for trade in trades if trade.block_trade_id is None]
+        return max((trade.timestamp * 1000 for trade in trades), default=0)
 
     # What is missing
 

@@ -41,7 +41,7 @@ STAGGER_NS = 200_000_000  # between the first requests of two candle streams, an
 LIMIT_MAX = 10_000  # candles of one answer; deeper history is not served
 LOOKBACK = 10  # closed candles that every answer brings again, to notice those that were revised
 KNOWN_MAX = 200  # candles whose published version is kept; older ones count as published
-AHEAD_MAX_S = 3600  # a candle that begins later than this from now is a broken answer
+AHEAD_MAX_S = 60  # what is from later than this is broken, and believed it would hide all that comes until then
 HOST_PATIENCE_NS = 10_000_000_000  # without any answer that is up to date, then another host is asked
 TOLERANCE = 0.05  # between a token's price and the close of its latest 1m candle, to tell the decimal rule
 CHECKED_MAX = 5  # tokens by which that is told
@@ -156,7 +156,7 @@ class Gmx(Venue):
     REST_URL = "https://arbitrum-api.gmxinfra.io"
     REST_FALLBACKS = ("https://arbitrum-api.gmxinfra2.io",)
     LIMITS = Limits(
-        streams_per_connection=100,  # ours: each candle stream is a request every 15 s
+        streams_per_connection=60,  # ours: each candle stream is a request every 15 s, the first of them in 12 s
         messages_per_s=1,  # there are none
         connects=(60, 60.0),  # there are none
         weight=(600, 60.0),  # ours: no limit is published, 2026
@@ -209,6 +209,7 @@ class Gmx(Venue):
         self._looked.clear()
         self._fresh_ns = time.time_ns()
         self._prices_due_ns = 0
+        self._polled, self._prices = set(), {}
         self.subscribe([stream.name for stream in self.streams])
 
     def subscribe(self, names: Sequence[str]) -> None:
@@ -268,6 +269,7 @@ class Gmx(Venue):
             self._on_prices(body)
         elif parts.path.endswith(_TOKENS):
             self._decimals = {token.address: token.decimals for token in _tokens(body)}
+            self.take_instruments(url, body)
         elif parts.path.endswith(_IGNORED):
             return
         else:
@@ -365,9 +367,9 @@ class Gmx(Venue):
             self._not_fresh([series.name], f"its newest candle begins at {latest}")
             if latest < series.newest:
                 return  # what it calls open was closed long ago
-        if not series.answered and not series.newest and not self.open_world:
-            wanted = rows[: self.options.backfill + 1]
-            series.horizon = rows[len(wanted)][0] if len(rows) > len(wanted) else -1
+        unwanted = rows[self.options.backfill + 1 :]
+        if unwanted and not series.answered and not self.open_world:  # but what was missed since an earlier life is
+            series.horizon = max(series.horizon, min(unwanted[0][0], series.newest or unwanted[0][0]))
         series.answered = True
         batch: list[CandleArgs] = []
         for at, ohlc in reversed(rows[1:] if late else rows):  # a late host calls open what has ended since
@@ -415,7 +417,8 @@ class Gmx(Venue):
             self._on_price(price, body)
         if missing := [name for ticker, name in self._prices.items() if ticker not in seen]:
             self.emit.counters["ticker_missing"] += len(missing)
-            self.refuse([name for name in missing if not self.proof[name].refused], "not in the list of prices")
+            new = [name for name in missing if name in self.proof and not self.proof[name].refused]
+            self.refuse(new, "not in the list of prices")
 
     def _on_price(self, price: Price, body: bytes) -> None:
         """One token: each is a message of its own, one that cannot be is refused and harms no other."""
@@ -430,7 +433,8 @@ class Gmx(Venue):
         values: dict[str, Any] = {
             column: _usd(digits, exponent) for column, digits in given.items() if digits is not None
         }
-        if not all(0 < value < PRICE_MAX for value in values.values()):
+        is_possible = all(0 < value < PRICE_MAX for value in values.values())
+        if not is_possible or at_us > self.emit.rcv_us + AHEAD_MAX_S * 1_000_000:
             self.emit.refused("absurd_number", body, f"ticker {price}")
             return
         if at_us and self._is_late(at_us / 1_000_000):

@@ -14,7 +14,7 @@ import hmac
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from heapq import nlargest, nsmallest
 from itertools import chain, zip_longest
 from typing import Annotated, Any
@@ -22,7 +22,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 from zlib import crc32
 
 import msgspec
-import numpy as np
 
 from mdcollector.continuity import HOLE, LIVE, NEXT, OLD, BookSync, TradeRow, TradeSync
 from mdcollector.emit import Emit, Instrument
@@ -48,8 +47,7 @@ ARGS_PER_REQUEST = 200  # a request has 64 KB at most; the longest arg is some 1
 BOOKS_PER_CONNECTION = 29  # "less than 30" books of 400 levels are recommended
 PING_EVERY_NS = 20_000_000_000  # the server hangs up after 30 s without anything
 PONG_WITHIN_NS = 10_000_000_000
-REPLY_WITHIN_NS = 15_000_000_000  # a request that is not answered is made again, so often:
-REQUEST_TRIES = 3
+REPLY_WITHIN_NS = 15_000_000_000  # then a login is given up
 RESUBSCRIBE_EVERY_NS = 500_000_000  # books that need a snapshot are resubscribed together, twice a second at most
 RESUBSCRIBE_STEP = 60  # so many requests of the hour are gone: half as often
 RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked for again
@@ -328,14 +326,6 @@ class TextBook:
         return value - (1 << 32) if value >= 1 << 31 else value
 
 
-class _Request(msgspec.Struct):
-    """A subscription that is not answered yet."""
-
-    names: list[str]
-    sent_ns: int
-    tries: int = 1
-
-
 class Okx(Venue):
     """One connection of OKX."""
 
@@ -360,12 +350,13 @@ class Okx(Venue):
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        for ticker, left in _merged_left(emit).items():
+        # Rows of merged trades have no counter, yet their ids are one.
+        for ticker, (ids, _) in self._trade_ids_left.items():
+            left = max((int(text) for text in ids if text.isdigit()), default=-1)
             if left > self._trades_left.get(ticker, (-1, []))[0]:
                 self._trades_left[ticker] = left, []
-        self._sharing: dict[str, list[str]] = {}  # stream -> instruments that it serves
-        self._name_sharing()
-        self._pending: dict[str, _Request] = {}
+        self._trade_ids_left.clear()
+        self._pending: dict[str, list[str]] = {}  # request id -> streams that are neither confirmed nor refused yet
         self._request_id = 0
         self._requests_ns: deque[int] = deque(maxlen=REQUESTS_PER_HOUR)  # of this connection, the newest ones
         self._login_ns = 0  # when a login was sent that is not answered yet
@@ -373,13 +364,20 @@ class Okx(Venue):
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._texts: dict[str, TextBook] = {}
+        self._newest: dict[str, int] = {}  # ticker -> time of the newest book message without seqId
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
 
-    def _name_sharing(self) -> None:
-        self._sharing = {}
-        for stream in self.streams:
-            self._sharing.setdefault(stream.name, []).append(stream.ticker)
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        self._routes.clear()  # they may write rows of what is gone, from a stream that others share
+        for ticker in gone:
+            self._texts.pop(ticker, None)
+            self._newest.pop(ticker, None)
+            self._resubscribe.pop(ticker, None)
+
+    def _served(self, name: str) -> list[str]:
+        """The instruments that share a stream: an index, or all forced orders of a type."""
+        return [stream.ticker for stream in self.streams if stream.name == name]
 
     # Planning
 
@@ -460,11 +458,11 @@ class Okx(Venue):
         names = list(dict.fromkeys(stream.name for stream in self.streams))
         return [_control("unsubscribe", part, "bye") for part in _chunks(names)]
 
-    def _request(self, op: str, names: Sequence[str], tries: int = 1) -> None:
+    def _request(self, op: str, names: Sequence[str]) -> None:
         for part in _chunks(list(dict.fromkeys(names))):
             self._request_id += 1
             if op == "subscribe":
-                self._pending[str(self._request_id)] = _Request(part, time.time_ns(), tries)
+                self._pending[str(self._request_id)] = part
             self._count_request()
             self.wants.append(Send(_control(op, part, str(self._request_id))))
 
@@ -478,7 +476,8 @@ class Okx(Venue):
 
     def tick(self, now_ns: int) -> None:
         self._keep_alive(now_ns)
-        self._ask_again(now_ns)
+        if self._login_ns and now_ns - self._login_ns > REPLY_WITHIN_NS:
+            self._fall_back("login unanswered")
         self._take_books_anew(now_ns)
 
     def _keep_alive(self, now_ns: int) -> None:
@@ -490,18 +489,6 @@ class Okx(Venue):
         elif now_ns - self._pinged_ns > PING_EVERY_NS:
             self._pinged_ns = now_ns
             self.wants.append(Send("ping", urgent=True))
-
-    def _ask_again(self, now_ns: int) -> None:
-        """What is neither confirmed nor refused after a while is asked for again, and in the end called refused."""
-        if self._login_ns and now_ns - self._login_ns > REPLY_WITHIN_NS:
-            self._fall_back("login unanswered")
-        for request_id in [i for i, r in self._pending.items() if now_ns - r.sent_ns > REPLY_WITHIN_NS]:
-            request = self._pending.pop(request_id)
-            if request.tries < REQUEST_TRIES:
-                self.emit.counters["subscribe_repeated"] += 1
-                self._request("subscribe", request.names, request.tries + 1)
-            else:
-                self.refuse(request.names, "neither confirmed nor refused")
 
     def _take_books_anew(self, now_ns: int) -> None:
         """Leave and take the channels of broken books: the venue sends no other snapshot.
@@ -577,10 +564,10 @@ class Okx(Venue):
             raise FrameError("unhandled_event", event)
 
     def _answered(self, name: str) -> None:
-        for request_id, request in list(self._pending.items()):
-            if name in request.names:
-                request.names.remove(name)
-                if not request.names:
+        for request_id, names in list(self._pending.items()):
+            if name in names:
+                names.remove(name)
+                if not names:
                     del self._pending[request_id]
 
     def _error(self, envelope: _Envelope) -> None:
@@ -598,7 +585,7 @@ class Okx(Venue):
             self.refuse([name], text)
             self._answered(name)
         elif request is not None:  # the whole of it
-            self.refuse(list(request.names), text)
+            self.refuse(request, text)
             del self._pending[envelope.id]
         else:
             raise FrameError("venue_error", text)
@@ -611,11 +598,9 @@ class Okx(Venue):
         changed = [_without_login(s.name) for s in self.streams if s.name.startswith(f"{_TBT}:")]
         self.streams = [Stream(_without_login(s.name), s.feed, s.ticker, s.path, s.also) for s in self.streams]
         self.proof = {_without_login(name): state for name, state in self.proof.items()}
-        self._name_sharing()
-        for request_id, request in list(self._pending.items()):
-            request.names[:] = [name for name in request.names if not name.startswith(f"{_TBT}:")]
-            if not request.names:
-                del self._pending[request_id]
+        self._tickers = {stream.name: stream.ticker for stream in self.streams}
+        for name in [name for names in self._pending.values() for name in names if name.startswith(f"{_TBT}:")]:
+            self._answered(name)
         if waiting_for_login:
             self._subscribe_all()
         else:
@@ -635,7 +620,7 @@ class Okx(Venue):
         if channel == "liquidation-orders":
             return self._on_liquidations(f"{channel}:{arg.instType}")
         if channel == "index-tickers":
-            return self._on_marks(self._sharing.get(f"{channel}:{arg.instId}", [arg.instId]), channel)
+            return self._on_marks(self._served(f"{channel}:{arg.instId}") or [arg.instId], channel)
         makers = {
             "trades": self._on_trades, "trades-all": self._on_trades, _BOOKS: self._on_book, _TBT: self._on_book,
             "bbo-tbt": self._on_best,
@@ -660,10 +645,13 @@ class Okx(Venue):
             trades = _decode_trades(frame).data
             if len(trades) == 1:
                 t = trades[0]
-                side, seq, count = side_of(t.side), t.tradeId, t.count
-                if side and count is not None and seq - count == sync.last and sync.merged:
+                side, seq, count, merged = side_of(t.side), t.tradeId, t.count, sync.merged
+                if side and seq - (count or 1) == sync.last and (merged or count is None):  # the common case
                     timestamp = t.ts * 1000
-                    emit_trade(instrument, timestamp, side, t.px, t.sz, -1, trade_id=b"%d" % seq)
+                    if merged:
+                        emit_trade(instrument, timestamp, side, t.px, t.sz, -1, trade_id=b"%d" % seq)
+                    else:
+                        emit_trade(instrument, timestamp, side, t.px, t.sz, seq)
                     sync.last, sync.last_time = seq, timestamp
                     return
             elif not trades:
@@ -693,30 +681,40 @@ class Okx(Venue):
                 return
             event, action = decoded.data[0], decoded.action
             timestamp, seq, prev = event.ts * 1000, event.seqId, event.prevSeqId
-            if seq is None:  # 2021-2022: the time tells the order, the checksum what is missing
-                if not event.checksum or (book.state is LIVE and action == "update" and ticker not in self._texts):
-                    raise FrameError("no_sequence", f"{ticker}: neither seqId nor a checksum that can be tested")
-                seq = event.ts
-                prev = book.last_id if seq > book.last_id else -1
+            if seq is None:
+                seq, prev = self._by_time(book, event, action)
             if action == "update":
-                if event.checksum:
-                    self._prove(book, frame, seq, prev, event.checksum)
-                elif prev != book.last_id and seq <= book.last_id and timestamp > book.last_time > 0:
+                if prev != book.last_id and seq <= book.last_id and timestamp > book.last_time > 0:
                     book.distrust("ids_reset")  # the message that began to count anew was missed
                 elif seq <= prev == book.last_id:
                     counters["book_keep_alive" if seq == prev else "book_sequence_reset"] += 1
+                if event.checksum:
+                    self._prove(book, frame, seq, prev, event.checksum)
                 book.delta(seq, seq, prev, timestamp, pairs(event.bids), pairs(event.asks))
-                texts = self._texts.get(ticker) if event.checksum else None
-                if texts is not None and texts.last_id != book.last_id:
-                    del self._texts[
-                        ticker
-                    ]  # messages were joined without their text: nothing to check until a snapshot
-            elif action != "snapshot":
-                raise FrameError("unknown_book_action", action)
-            else:
+                if event.checksum:
+                    self._note_checked(book, event)
+            elif action == "snapshot":
                 self._on_snapshot(book, frame, event, seq)
+            else:
+                raise FrameError("unknown_book_action", action)
 
         return on_book
+
+    def _by_time(self, book: BookSync, event: Book, action: str) -> tuple[int, int]:
+        """Id and predecessor of a message of 2021-2022: its time tells the order, its checksum what is missing."""
+        ticker = book.instrument.ticker
+        if not event.checksum or (book.state is LIVE and action == "update" and ticker not in self._texts):
+            raise FrameError("no_sequence", f"{ticker}: neither seqId nor a checksum that can be tested")
+        newest = self._newest.get(ticker, -1)
+        return event.ts, newest if event.ts > newest else -1
+
+    def _note_checked(self, book: BookSync, event: Book) -> None:
+        """An update with a checksum was taken or held."""
+        ticker = book.instrument.ticker
+        if event.seqId is None:
+            self._newest[ticker] = max(self._newest.get(ticker, -1), event.ts)
+        if (texts := self._texts.get(ticker)) is not None and texts.last_id != book.last_id:
+            del self._texts[ticker]  # messages were joined without their text: nothing to test until a snapshot
 
     def _on_snapshot(self, book: BookSync, frame: bytes, event: Book, seq: int) -> None:
         """Take a whole book, unless the live one has it already: from another connection, which began earlier."""
@@ -736,6 +734,8 @@ class Okx(Venue):
         self._texts.pop(ticker, None)
         if texts is not None:
             self._texts[ticker] = texts
+        if event.seqId is None:
+            self._newest[ticker] = seq
 
     def _prove(self, book: BookSync, frame: bytes, seq: int, prev: int, checksum: int) -> None:
         """Before an update is applied: the book that it makes must have the venue's checksum, else it is taken anew."""
@@ -814,7 +814,7 @@ class Okx(Venue):
 
     def _on_liquidations(self, name: str) -> Callable[[bytes], None]:
         """The channel brings all instruments of a type; only those that were asked for are written."""
-        wanted = {t: self.emit.instrument(t) for t in self._sharing.get(name, [])}
+        wanted = {t: self.emit.instrument(t) for t in self._served(name)}
         if not wanted and not self.open_world:
             raise FrameError("unknown_symbol", name)
 
@@ -866,7 +866,9 @@ class Okx(Venue):
                 if t.tradeId >= first
             ]
             sync.repaired(first, rows)
-        elif endpoint not in ("instruments", "time"):
+        elif endpoint == "instruments":
+            self.take_instruments(url, body)
+        elif endpoint != "time":
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -905,18 +907,6 @@ def _data_of(body: bytes) -> msgspec.Raw:
     if answer.code != "0" or not len(answer.data):
         raise FrameError("venue_error", f"{answer.code} {answer.msg}")
     return answer.data
-
-
-def _merged_left(emit: Emit) -> dict[str, int]:
-    """Last trade id of each instrument that an earlier life of this connector left on a channel that merges trades."""
-    ring, left = emit.rings.get("trades"), dict[str, int]()
-    if ring is None or not ring.next:
-        return left
-    codes, counters, ids = ring.recent_columns("ticker", "trade_seq", "trade_id")
-    for code in np.unique(codes[counters < 0]):
-        mine = ids[(codes == code) & (counters < 0)]
-        left[ring.tickers[code]] = max((int(text) for text in mine.tolist() if text.isdigit()), default=-1)
-    return left
 
 
 def _chunks(names: list[str]) -> list[list[str]]:

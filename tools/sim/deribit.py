@@ -83,7 +83,6 @@ class _Name:
         self.waiting = {interval: _Waiting(book.engine_id) for interval in INTERVALS}
         self.trades: dict[str, list[str]] = {FAST: [], SLOW: []}
         self.ticker_dirty = {FAST: False, SLOW: False}
-        self.ticker_told: dict[str, str] = {}  # interval -> the newest that was published, while it still holds
         self.grouped_dirty = {FAST: False, SLOW: False}
         self.chart_dirty = False
         self.last_price = book.instrument.start
@@ -278,9 +277,8 @@ class Deribit(Venue):
             self._quote(name, action)
         if action.best_changed or action.trades:
             name.ticker_dirty[FAST] = name.ticker_dirty[SLOW] = True
-            name.ticker_told.clear()
             if f"ticker.{name.name}.raw" in self.exchange.streams:
-                text = name.ticker_told[RAW] = _numbers(self._ticker_data(name, action.t))
+                text = _numbers(self._ticker_data(name, action.t))
                 self._ticker_line("ticker", name.name, RAW, action.t, text)
                 self._notify(f"ticker.{name.name}.raw", name.name, text)
 
@@ -454,7 +452,7 @@ class Deribit(Venue):
 
     def _ticker(self, name: _Name, interval: str, t: int) -> None:
         data = self._ticker_data(name, t)
-        text = name.ticker_told[interval] = _numbers(data)
+        text = _numbers(data)
         self._ticker_line("ticker", name.name, interval, t, text)
         self._notify(f"ticker.{name.name}.{interval}", name.name, text)
         if interval == FAST:
@@ -607,12 +605,9 @@ class Deribit(Venue):
         if method == "public/test" and self.exchange.heartbeats_off(session):
             own.test_sent_s = None
             return
-        channels = params.get("channels")
-        if (
-            method.endswith("/subscribe")
-            and isinstance(channels, list)
-            and self.exchange.ignored(session, {str(channel): _ticker_of(str(channel)) for channel in channels})
-        ):
+        channels = params.get("channels") if method.endswith("/subscribe") else None
+        wanted = [str(channel) for channel in channels] if isinstance(channels, list) else []
+        if self.exchange.ignored(session, {channel: _ticker_of(channel) for channel in wanted}):
             return
         try:
             self._answer(session, message, started, self._call(session, method, params))
@@ -754,11 +749,8 @@ class Deribit(Venue):
             if found := BOOK.match(channel):
                 self.exchange.send(session, self._snapshot(self.names[found["name"]], found["interval"]))
             elif (found := TIMED.match(channel)) and found["what"] == "ticker":
-                name, interval = self.names[found["name"]], found["interval"]
-                data = name.ticker_told.get(interval, "")
-                if not data:
-                    data = _numbers(self._ticker_data(name, self.exchange.t))
-                    self._ticker_line("first_ticker", name.name, interval, self.exchange.t, data)
+                data = _numbers(self._ticker_data(self.names[found["name"]], self.exchange.t))
+                self._ticker_line("first_ticker", found["name"], found["interval"], self.exchange.t, data)
                 self.exchange.send(session, _notification(channel, data))
             elif (found := PLAIN.match(channel)) and found["what"] == "incremental_ticker":
                 data = _numbers({"type": '"snapshot"'} | self._ticker_data(self.names[found["name"]], self.exchange.t))

@@ -8,13 +8,13 @@ Kinds of lines, each with `t` in microseconds of the exchange's clock:
     start    seed, options and per ticker the instrument and the book that everything starts from
     trade    ticker, id, seq, price, qty, side (BUY or SELL, the taker's)
     aggtrade ticker, id, first, last, price, qty, side (only where the venue aggregates)
+    off_book ticker, seq, type: what has a trade's counter and is no execution (only where the venue tells it)
     liquidation  ticker, price, qty, side (only where the venue tells them)
     book     ticker, stream, first, last, prev, bids, asks: one depth event of one speed; quantity 0 removes the level
     bbo      ticker, id, bid, bid_qty, ask, ask_qty
     ticker   ticker and the numbers of one 24 hour statistics message, in the venue's words; those that only an
              occasional subscriber asks for (Deribit's raw ones) while somebody is subscribed to them
-    first_ticker  the same, sent to one new subscriber only (where the venue greets with it)
-    liquidation  ticker, side (BUY or SELL, of the forced order), price, qty
+    first_ticker  the same, told to one client only: a new subscriber that is greeted with it, or one that polls
     candle   ticker, interval, open_time, open, high, low, close, volume, trades, closed; every closed candle, and the
              open versions while somebody is subscribed to them
     fault    name and what was hit

@@ -75,6 +75,7 @@ class _Name:
         self.waiting = {channel: _Waiting(book.engine_id) for channel in BOOK_EVERY_US}
         self.ticker_dirty = self.chart_dirty = False
         self.marked: dict[str, str] = {}  # channel -> what it told last
+        self.told_us: dict[str, int] = {}  # channel -> when; for answers that say how old they are
         self.last_price = book.instrument.start
         self.fills = 0
 
@@ -217,10 +218,19 @@ class Okx(Venue):
         return {"last": name.seq_id, "bids": bids, "asks": asks}
 
     def listed(self, book: Book, t: int) -> None:
-        name = self.names[book.instrument.ticker] = _Name(book)
-        row = json.dumps(_instrument_words(name), separators=(",", ":"))
-        stream = f"instruments:{name.type}"
-        self._push(stream, name.name, f'{{"channel":"instruments","instType":"{name.type}"}}', row)
+        self.names[book.instrument.ticker] = _Name(book)
+        self._tell_state(book.instrument, "live")
+
+    def delisted(self, book: Book, t: int) -> None:
+        self.finish(t)
+        del self.names[book.instrument.ticker]
+        self._tell_state(book.instrument, "suspend")
+
+    def _tell_state(self, instrument: Instrument, state: str) -> None:
+        words = self._instrument_words(instrument) | {"state": state}
+        kind = words["instType"]
+        arg = f'{{"channel":"instruments","instType":"{kind}"}}'
+        self._push(f"instruments:{kind}", instrument.ticker, arg, _json(words))
 
     def renumber(self, book: Book) -> None:
         """The next message of each book channel names its predecessor and has a smaller number than that."""
@@ -293,8 +303,14 @@ class Okx(Venue):
         )
         detail = {"bkLoss": "0", "bkPx": price, "ccy": "", "posSide": "short" if side == "buy" else "long"}
         detail |= {"side": side, "sz": size, "ts": str(trade.t // 1000)}
-        uly = _underlying(name)
-        row = {"details": [detail], "instFamily": _family(name), "instId": name.name, "instType": name.type, "uly": uly}
+        uly = _underlying(name.instrument)
+        row = {
+            "details": [detail],
+            "instFamily": _family(name.instrument),
+            "instId": name.name,
+            "instType": name.type,
+            "uly": uly,
+        }
         arg = f'{{"channel":"liquidation-orders","instType":"{name.type}"}}'
         self._push(f"liquidation-orders:{name.type}", name.name, arg, _json(row))
 
@@ -385,7 +401,10 @@ class Okx(Venue):
         marks = {
             "mark-price": {**who, "markPx": name.mark()},
             "open-interest": {**who, "oi": name.size(1_000_000 + day.lots), "oiCcy": name.volumes(day)[1]},
-            "index-tickers": {"instId": _underlying(name), "idxPx": self._index_of(_underlying(name))},
+            "index-tickers": {
+                "instId": _underlying(name.instrument),
+                "idxPx": self._index_of(_underlying(name.instrument)),
+            },
         }
         if name.type == "SWAP":
             marks["funding-rate"] = who | {
@@ -396,7 +415,7 @@ class Okx(Venue):
         return marks
 
     def _index_of(self, uly: str) -> str:
-        return next(name.index() for name in self.names.values() if _underlying(name) == uly)
+        return next(name.index() for name in self.names.values() if _underlying(name.instrument) == uly)
 
     def _mark_line(self, kind: str, name: _Name, t: int, words: Mapping[str, str]) -> None:
         self.exchange.ledger.record(kind, ticker=name.name, t=t, data=words)
@@ -406,7 +425,7 @@ class Okx(Venue):
         for name in self.names.values():
             if name.ticker_dirty:
                 name.ticker_dirty = False
-                words = self._ticker_words(name, t)
+                words, name.told_us["tickers"] = self._ticker_words(name, t), t
                 self._mark_line("ticker", name, t, self._ticker_truth(name, words))
                 self._tell("tickers", name, _json(words))
 
@@ -416,10 +435,10 @@ class Okx(Venue):
         for name in self.names.values():
             if name.type == "SPOT":
                 continue
-            indices[_underlying(name)].append(name)
+            indices[_underlying(name.instrument)].append(name)
             for channel, words in self._marks(name, t).items():
                 if channel != "index-tickers" and name.marked.get(channel) != (told := _json(words)):
-                    name.marked[channel] = told
+                    name.marked[channel], name.told_us[channel] = told, t
                     self._mark_line("ticker", name, t, words)
                     self._tell(channel, name, _json(words | {"ts": str(t // 1000)}))
         for uly, names in indices.items():
@@ -542,6 +561,8 @@ class Okx(Venue):
         elif message.get("op") == "login":
             self._login(session, message, args[0])
         elif message.get("op") == "subscribe":
+            if self.exchange.ignored(session, {_stream_of(arg): str(arg.get("instId", "")) for arg in args}):
+                return
             for arg in args:
                 self._subscribe(session, message, arg)
         elif message.get("op") == "unsubscribe":
@@ -604,7 +625,9 @@ class Okx(Venue):
             self._mark_line("first_ticker", self.names[ticker], t, self._ticker_truth(self.names[ticker], words))
             self.exchange.send(session, _frame(_arg(channel, ticker), _json(words)))
         elif channel in (*CONTRACT_CHANNELS, "funding-rate", "index-tickers"):
-            served = [n for n in self.names.values() if n.type != "SPOT" and ticker in (n.name, _underlying(n))]
+            served = [
+                n for n in self.names.values() if n.type != "SPOT" and ticker in (n.name, _underlying(n.instrument))
+            ]
             served = [n for n in served if channel == "index-tickers" or n.name == ticker]
             words = self._marks(served[0], t)[channel]
             for name in served:
@@ -638,7 +661,7 @@ class Okx(Venue):
         if channel in ("liquidation-orders", "instruments"):
             return kind in ("SPOT", "SWAP", "FUTURES", "OPTION")
         if channel == "index-tickers":
-            return any(_underlying(n) == ticker for n in self.names.values() if n.type != "SPOT")
+            return any(_underlying(n.instrument) == ticker for n in self.names.values() if n.type != "SPOT")
         if name is None:
             return False
         if channel == "funding-rate":
@@ -667,8 +690,8 @@ class Okx(Venue):
             "market/trades": self._trades,
             "market/history-trades": self._trades,
             "market/candles": self._candles,
-            "market/ticker": lambda name, _query: [self._ticker_words(name, self.exchange.clock_us())],
-            "public/mark-price": lambda name, _query: [self._marks(name, self.exchange.t)["mark-price"]],
+            "market/ticker": lambda name, _query: [self._ticker_words(name, name.told_us.get("tickers", 0))],
+            "public/mark-price": self._mark_price,
         }
         if endpoint not in handlers and endpoint != "market/books":
             return Reply(_answer("404", "Not Found"), 404)
@@ -683,8 +706,14 @@ class Okx(Venue):
         _, engine_id, bids, asks = await self.exchange.snapshot(name.book, request.agent)
         depth = max(1, min(int(request.query.get("sz", "1")), LEVELS_MAX))
         sides = {key: json.loads(name.levels(levels[:depth])) for key, levels in (("asks", asks), ("bids", bids))}
-        ts = str(self.exchange.clock_us() // 1000)
+        ts = str(name.waiting[SLOW].published_us // 1000)
         return Reply(_answer("0", "", [{**sides, "ts": ts, "seqId": engine_id - name.base}]))
+
+    def _mark_price(self, name: _Name, _query: Mapping[str, str]) -> list[Any]:
+        if name.type == "SPOT":
+            return []
+        ts = str(name.told_us.get("mark-price", 0) // 1000)
+        return [{**self._marks(name, self.exchange.t)["mark-price"], "ts": ts}]
 
     def _instruments(self, query: Mapping[str, str]) -> Reply:
         kind, family = query.get("instType", ""), query.get("instFamily", query.get("uly", ""))
@@ -692,8 +721,32 @@ class Okx(Venue):
             return Reply(_answer("51000", "Parameter instType error"), 400)
         if kind == "OPTION" and not family:
             return Reply(_answer("50015", "Either parameter uly or instFamily is required"), 400)
-        names = [n for n in self.names.values() if n.type == kind and family in ("", _family(n), _underlying(n))]
-        return Reply(_answer("0", "", [_instrument_words(name) for name in names]))
+        halted = self.exchange.halted
+        every = (*(name.instrument for name in self.names.values()), *halted.values())
+        rows = [
+            self._instrument_words(i) | {"state": "suspend" if i.ticker in halted else "live"}
+            for i in every
+            if i.facts["type"] == kind and family in ("", _family(i), _underlying(i))
+        ]
+        return Reply(_answer("0", "", rows))
+
+    def _instrument_words(self, instrument: Instrument) -> dict[str, str]:
+        facts, kind = instrument.facts, str(instrument.facts["type"])
+        spot, expiry = kind == "SPOT", str(facts.get("expiry", ""))
+        words = defaultdict(str, {key: str(value) for key, value in facts.items()})
+        finer = self.exchange.finer[instrument.ticker]
+        return {
+            "alias": "", "baseCcy": instrument.base if spot else "", "category": "1", "ctMult": words["multiple"],
+            "ctType": "" if spot or kind == "OPTION" else "linear" if facts["linear"] else "inverse",
+            "ctVal": words["value"], "ctValCcy": words["unit"],
+            "expTime": str(_expiry_ms(expiry)) if expiry.isdigit() else "", "instFamily": _family(instrument),
+            "instId": instrument.ticker, "instType": kind, "lever": "10", "listTime": "1606468572000",
+            "lotSz": plain(instrument.lot, instrument.qty_scale), "minSz": plain(instrument.lot, instrument.qty_scale),
+            "optType": words["option"], "quoteCcy": instrument.quote if spot else "",
+            "settleCcy": "" if spot else instrument.quote if facts["linear"] else instrument.base, "state": "live",
+            "stk": words["strike"], "tickSz": plain(instrument.tick, instrument.price_scale + finer),
+            "uly": _underlying(instrument),
+        }  # fmt: skip
 
     def _trades(self, name: _Name, query: Mapping[str, str]) -> list[Any]:
         """Single fills, the newest first; `after` an id means those before it."""
@@ -740,12 +793,12 @@ def _conn(session: Session) -> str:
     return f"{session.id:08x}"
 
 
-def _family(name: _Name) -> str:
-    return "-".join(name.name.split("-")[:2]) if name.type != "SPOT" else ""
+def _family(instrument: Instrument) -> str:
+    return "-".join(instrument.ticker.split("-")[:2]) if instrument.facts["type"] != "SPOT" else ""
 
 
-def _underlying(name: _Name) -> str:
-    return _family(name).partition("_")[0]
+def _underlying(instrument: Instrument) -> str:
+    return _family(instrument).partition("_")[0]
 
 
 def _candle_row(name: _Name, candle: Candle, closed: bool) -> list[str]:
@@ -753,23 +806,6 @@ def _candle_row(name: _Name, candle: Candle, closed: bool) -> list[str]:
     size, base, quote = name.volumes(candle)
     volumes = [size, quote, quote] if name.type == "SPOT" else [size, base, quote]
     return [str(candle.start // 1000), *prices, *volumes, "1" if closed else "0"]
-
-
-def _instrument_words(name: _Name) -> dict[str, str]:
-    instrument, facts = name.instrument, name.facts
-    spot, expiry = name.type == "SPOT", str(facts.get("expiry", ""))
-    words = defaultdict(str, {key: str(value) for key, value in facts.items()})
-    return {
-        "alias": "", "baseCcy": instrument.base if spot else "", "category": "1", "ctMult": words["multiple"],
-        "ctType": "" if spot or name.type == "OPTION" else "linear" if facts["linear"] else "inverse",
-        "ctVal": words["value"], "ctValCcy": words["unit"],
-        "expTime": str(_expiry_ms(expiry)) if expiry.isdigit() else "", "instFamily": _family(name),
-        "instId": name.name, "instType": name.type, "lever": "10", "listTime": "1606468572000",
-        "lotSz": plain(instrument.lot, instrument.qty_scale), "minSz": plain(instrument.lot, instrument.qty_scale),
-        "optType": words["option"], "quoteCcy": instrument.quote if spot else "",
-        "settleCcy": "" if spot else instrument.quote if facts["linear"] else instrument.base, "state": "live",
-        "stk": words["strike"], "tickSz": plain(instrument.tick, instrument.price_scale), "uly": _underlying(name),
-    }  # fmt: skip
 
 
 def _expiry_ms(day: str) -> int:

@@ -187,6 +187,11 @@ class Venue(ABC):
     def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
         """Streams to subscribe; ValueError names a feed that the venue does not have."""
 
+    def connections(self, streams: list[str]) -> list[list[str]]:
+        """These streams as they are spread over connections."""
+        size = self.streams_per_connection
+        return [streams[i : i + size] for i in range(0, len(streams), size)]
+
     @abstractmethod
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         """Path and query of the connection, and the messages to send when it is open."""

@@ -1,13 +1,15 @@
-"""Binance Spot for the tools: https://github.com/binance/binance-spot-api-docs (web-socket-streams.md, rest-api.md).
+"""Binance Spot and USD-M futures for the tools: https://github.com/binance/binance-spot-api-docs (web-socket-streams.md,
+rest-api.md) and the futures pages of developers.binance.com.
 
 Found by name through `tools.venues`. Knows stream names, the SUBSCRIBE dialogue, how a REST request maps to a recorded
 body, and a decoder of a few lines for mdcompare. Never imports the connector.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -27,13 +29,6 @@ from tools.venues import (
     text_of,
 )
 
-_STREAM_SUFFIX = {
-    "trades": "trade",
-    "orderbook_l2": "depth@100ms",
-    "bbo": "bookTicker",
-    "tickers": "ticker",
-    "candles": "kline_1m",
-}
 _EVENT_SUFFIX = {
     "trade": "trade",
     "aggTrade": "aggTrade",
@@ -42,7 +37,10 @@ _EVENT_SUFFIX = {
     "24hrTicker": "ticker",
     "24hrMiniTicker": "miniTicker",
     "avgPrice": "avgPrice",
+    "markPriceUpdate": "markPrice@*",
+    "forceOrder": "forceOrder",
 }
+_SPEEDS = ("", "@100ms", "@250ms", "@500ms", "@1000ms", "@0ms", "@1s")  # that a frame does not tell
 _STREAMS_IN_URL = 100  # keeps the request line below the 8 KB that many servers take
 _STREAMS_PER_MESSAGE = 100
 _QUOTE_ASSETS = ("USDT", "USDC", "FDUSD", "TUSD", "BUSD", "BTC", "ETH", "BNB", "EUR", "GBP", "TRY", "AUD", "BRL", "RUB", "JPY", "USD")  # fmt: skip
@@ -58,18 +56,23 @@ _decode_combined = msgspec.json.Decoder(_Combined).decode
 
 
 class _Session(Session):
-    def __init__(self, recorded: Recorded, combined: bool, streams: str) -> None:
+    def __init__(self, recorded: Recorded, combined: bool, streams: str, carried: Callable[[str], bool]) -> None:
         super().__init__()
         self._recorded = recorded
         self._combined = combined
+        self._carried = carried
         self.streams.update(dict.fromkeys(s for s in streams.split("/") if s))
 
     def _subscribed_as(self, stream: str) -> str | None:
-        """The client's name of a stream; a depth stream whose speed the frame does not tell fits any speed."""
+        """The client's name of a stream; one whose speed the frame does not tell fits any speed.
+
+        None also for a stream that this path does not carry: it is acknowledged all the same.
+        """
+        if not self._carried(stream):
+            return None
         if not stream.endswith("@*"):
             return stream if stream in self.streams else None
-        base = stream[:-2]
-        return next((s for s in (base, base + "@100ms", base + "@1000ms") if s in self.streams), None)
+        return next((s for speed in _SPEEDS if (s := stream[:-2] + speed) in self.streams), None)
 
     def wants(self, stream: str) -> bool:
         return stream == EVERYBODY or self._subscribed_as(stream) is not None
@@ -112,29 +115,13 @@ class _Session(Session):
         return next((raw for raw in self._recorded.replies if parse(raw) == fitting), text_of(fitting))
 
 
-class BinanceSpot(Venue):
-    exchange = "binance_spot"
-    hosts = ("stream.binance.com", "data-stream.binance.vision", "api.binance.com", "www.binance.com", "data-api.binance.vision")  # fmt: skip
-    ws_url = "wss://stream.binance.com:9443"
-    rest_url = "https://api.binance.com"
-    ping_s = 20.0
-    overdue_code = 1008
-    streams_per_connection = 1024
-    message_gap_s = 0.25  # five a second, pongs included
-    request_gap_s = 0.5  # depth with limit 1000 weighs 50 of 6000 a minute: two a second
-    compared = ("trades", "orderbook_l2", "bbo")
+class Binance(Venue):
+    """What both markets have in common."""
 
-    def recognises(self, raw: str) -> bool:
-        frame = parse(raw)
-        data = frame.get("data", frame) if isinstance(frame, dict) else None
-        if not isinstance(data, dict):
-            return False
-        event = data.get("e")
-        if event == "depthUpdate":
-            return "U" in data and "pu" not in data  # `pu` is the futures form
-        if event in ("trade", "aggTrade"):
-            return "M" in data  # futures have no `M`
-        return event is None and {"u", "s", "b", "B", "a", "A"} == data.keys()
+    overdue_code = 1008
+    compared = ("trades", "orderbook_l2", "bbo")
+    api: str  # path of REST
+    suffixes: ClassVar[dict[str, str]]  # feed -> its stream
 
     def stream_of(self, raw: str) -> str | None:
         if raw.startswith('{"stream":"'):
@@ -154,21 +141,29 @@ class BinanceSpot(Venue):
 
     @staticmethod
     def _stream_of_payload(payload: Json) -> str:
-        symbol, event = str(payload.get("s", "")).lower(), payload.get("e")
+        event = payload.get("e")
+        order = payload["o"] if event == "forceOrder" and isinstance(payload.get("o"), dict) else {}
+        symbol = str(payload.get("s") or order.get("s", "")).lower()
         if not symbol:
             return EVERYBODY
         if event == "kline":
             return f"{symbol}@kline_{payload['k']['i']}"
-        if event is None and "B" in payload:
+        if event is None and "B" in payload:  # of spot; on futures it has a name
             return f"{symbol}@bookTicker"
         return f"{symbol}@{_EVENT_SUFFIX.get(str(event), event)}"
 
     def session(self, path: str, query: dict[str, str], recorded: Recorded) -> Session | None:
-        head, _, tail = path.strip("/").partition("/")
+        return self._session(path.strip("/"), query, recorded, lambda _: True)
+
+    @staticmethod
+    def _session(
+        path: str, query: dict[str, str], recorded: Recorded, carried: Callable[[str], bool]
+    ) -> Session | None:
+        head, _, tail = path.partition("/")
         if head == "ws":
-            return _Session(recorded, combined=False, streams=tail)
+            return _Session(recorded, False, tail, carried)
         if head == "stream":
-            return _Session(recorded, combined=True, streams=query.get("streams", ""))
+            return _Session(recorded, True, query.get("streams", ""), carried)
         return None
 
     def rest(self, path: str, query: dict[str, str], recorded: Recorded) -> Answer | None:
@@ -226,16 +221,20 @@ class BinanceSpot(Venue):
         names = list(tickers)
         suffixes = []
         for feed in feeds:
-            if feed not in _STREAM_SUFFIX:
-                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(_STREAM_SUFFIX)}")
-            suffixes.append(_STREAM_SUFFIX[feed])
+            if feed not in self.suffixes:
+                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(self.suffixes)}")
+            suffixes.append(self.suffixes[feed])
         return [f"{name.lower()}@{suffix}" for name in names for suffix in suffixes]
 
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         rest = streams[_STREAMS_IN_URL:]
         chunks = [rest[i : i + _STREAMS_PER_MESSAGE] for i in range(0, len(rest), _STREAMS_PER_MESSAGE)]
         messages = [text_of({"method": "SUBSCRIBE", "params": c, "id": n}) for n, c in enumerate(chunks, 1)]
-        return "/stream?streams=" + "/".join(streams[:_STREAMS_IN_URL]), messages
+        return f"{self._path(streams[0])}/stream?streams=" + "/".join(streams[:_STREAMS_IN_URL]), messages
+
+    def _path(self, stream: str) -> str:
+        """Path of the connection that carries this stream, in front of /stream."""
+        return ""
 
     def answer(self, raw: str) -> str | None:
         return None
@@ -248,12 +247,39 @@ class BinanceSpot(Venue):
 
     def fetches(self, tickers: list[str]) -> list[str]:
         if not 0 < len(tickers) <= _EXCHANGE_INFO_SYMBOLS:
-            return ["/api/v3/exchangeInfo"]
-        return [f"/api/v3/exchangeInfo?symbols={text_of([t.upper() for t in tickers])}"]
+            return [f"{self.api}/exchangeInfo"]
+        return [f"{self.api}/exchangeInfo?symbols={text_of([t.upper() for t in tickers])}"]
 
     def snapshot_for(self, stream: str) -> str | None:
         symbol, _, kind = stream.partition("@")
-        return f"/api/v3/depth?symbol={symbol.upper()}&limit=1000" if kind in ("depth", "depth@100ms") else None
+        return f"{self.api}/depth?symbol={symbol.upper()}&limit=1000" if kind in ("depth", "depth@100ms") else None
+
+
+class BinanceSpot(Binance):
+    exchange = "binance_spot"
+    api = "/api/v3"
+    suffixes: ClassVar[dict[str, str]] = {
+        "trades": "trade", "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
+    }  # fmt: skip
+    hosts = ("stream.binance.com", "data-stream.binance.vision", "api.binance.com", "www.binance.com", "data-api.binance.vision")  # fmt: skip
+    ws_url = "wss://stream.binance.com:9443"
+    rest_url = "https://api.binance.com"
+    ping_s = 20.0
+    streams_per_connection = 1024
+    message_gap_s = 0.25  # five a second, pongs included
+    request_gap_s = 0.5  # depth with limit 1000 weighs 50 of 6000 a minute: two a second
+
+    def recognises(self, raw: str) -> bool:
+        frame = parse(raw)
+        data = frame.get("data", frame) if isinstance(frame, dict) else None
+        if not isinstance(data, dict):
+            return False
+        event = data.get("e")
+        if event == "depthUpdate":
+            return "U" in data and "pu" not in data  # `pu` is the futures form
+        if event in ("trade", "aggTrade"):
+            return "M" in data  # futures have no `M`
+        return event is None and {"u", "s", "b", "B", "a", "A"} == data.keys()
 
     def decode(self, raw: str) -> Iterator[Seen]:
         frame = json.loads(raw)
@@ -263,11 +289,78 @@ class BinanceSpot(Venue):
             side = -1 if data["m"] else 1  # the buyer was the maker, so the taker sold
             yield Trade(data["s"], data["t"], str(data["t"]), float(data["p"]), float(data["q"]), side, _us(data["T"]))
         elif event == "depthUpdate":
-            levels = [(1, float(p), float(q)) for p, q in data["b"]] + [(-1, float(p), float(q)) for p, q in data["a"]]
-            yield BookChange(data["s"], data["u"], data["U"] - 1, tuple(levels), snapshot=False, time_us=_us(data["E"]))
+            yield BookChange(data["s"], data["u"], data["U"] - 1, _levels(data), snapshot=False, time_us=_us(data["E"]))
         elif event is None and "B" in data and "u" in data:
             values = (float(data["b"]), float(data["B"]), float(data["a"]), float(data["A"]))
             yield Quote(data["s"], data["u"], values, time_us=-1)
+
+
+class BinanceFutures(Binance):
+    """Its streams come on two paths; the wrong one, or none, acknowledges them and delivers nothing."""
+
+    exchange = "binance_futures"
+    api = "/fapi/v1"
+    suffixes: ClassVar[dict[str, str]] = {
+        "trades": "trade", "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
+        "liquidations": "forceOrder",
+    }  # fmt: skip
+    hosts = ("fstream.binance.com", "demo-fstream.binance.com", "fapi.binance.com", "www.binance.com")
+    ws_url = "wss://fstream.binance.com"
+    rest_url = "https://fapi.binance.com"
+    ping_s = 180.0
+    streams_per_connection = 200
+    message_gap_s = 0.125  # ten a second, pongs included
+    request_gap_s = 0.6  # depth with limit 1000 weighs 20 of 2400 a minute: two a second
+
+    def recognises(self, raw: str) -> bool:
+        frame = parse(raw)
+        data = frame.get("data", frame) if isinstance(frame, dict) else None
+        if not isinstance(data, dict):
+            return False
+        event = data.get("e")
+        if event == "depthUpdate":
+            return "pu" in data
+        if event in ("trade", "aggTrade"):
+            return "M" not in data and "T" in data
+        return event in ("bookTicker", "markPriceUpdate", "forceOrder")
+
+    def session(self, path: str, query: dict[str, str], recorded: Recorded) -> Session | None:
+        route, _, rest = path.strip("/").partition("/")
+        if route not in ("public", "market"):
+            route, rest = "public", path.strip("/")
+        return self._session(rest, query, recorded, lambda stream: self._path(stream) == f"/{route}")
+
+    def connections(self, streams: list[str]) -> list[list[str]]:
+        by_path: dict[str, list[str]] = {}
+        for stream in streams:
+            by_path.setdefault(self._path(stream), []).append(stream)
+        return list(itertools.chain.from_iterable(map(super().connections, by_path.values())))
+
+    def fetches(self, tickers: list[str]) -> list[str]:
+        return [f"{self.api}/exchangeInfo"]  # it takes no symbols
+
+    def _path(self, stream: str) -> str:
+        kind = stream.partition("@")[2]
+        return "/public" if kind.startswith(("depth", "rpiDepth", "bookTicker", "trade")) else "/market"
+
+    def decode(self, raw: str) -> Iterator[Seen]:
+        frame = json.loads(raw)
+        data = frame["data"] if "stream" in frame else frame
+        event = data.get("e")
+        if event == "trade":
+            if data["X"] not in ("INSURANCE_FUND", "ADL", "NA"):
+                side = -1 if data["m"] else 1
+                price, qty = float(data["p"]), float(data["q"])
+                yield Trade(data["s"], data["t"], str(data["t"]), price, qty, side, data["T"] * 1000)
+        elif event == "depthUpdate":
+            yield BookChange(data["s"], data["u"], data["pu"], _levels(data), snapshot=False, time_us=data["T"] * 1000)
+        elif event == "bookTicker":
+            values = (float(data["b"]), float(data["B"]), float(data["a"]), float(data["A"]))
+            yield Quote(data["s"], data["u"], values, time_us=data["T"] * 1000)
+
+
+def _levels(data: Json) -> tuple[tuple[int, float, float], ...]:
+    return tuple((side, float(p), float(q)) for side, name in ((1, "b"), (-1, "a")) for p, q in data[name])
 
 
 def _us(venue_time: int) -> int:
@@ -278,7 +371,7 @@ def _us(venue_time: int) -> int:
 def _resource(path: str) -> str:
     """`/api/v3/depth` and `/api/v1/depth` are one resource."""
     parts = path.strip("/").split("/")
-    return "/".join(parts[2:]) if len(parts) > 2 and parts[0] == "api" and parts[1] in ("v1", "v3") else ""
+    return "/".join(parts[2:]) if len(parts) > 2 and parts[0] in ("api", "fapi") and parts[1] in ("v1", "v3") else ""
 
 
 def _identity(query: dict[str, str]) -> tuple[str, ...]:
@@ -305,4 +398,4 @@ def _made_symbol(symbol: str) -> Json:
     }
 
 
-VENUES = (BinanceSpot(),)
+VENUES = (BinanceSpot(), BinanceFutures())

@@ -1,0 +1,135 @@
+"""What a fleet file asks of its venues, before anything connects: connections, requests, time until all is in sync.
+
+Used by `mdcollector check`. Limits count per IP address, so they are shared by all connectors whose venues are of one
+family; a plan that no patience makes possible is refused.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from mdcollector.budget import seconds_for
+from mdcollector.config import ConnectorConfig
+from mdcollector.connector import WEIGHT_SHARE, feeds_of, venue_options
+from mdcollector.emit import CAPACITIES, Emit
+from mdcollector.errors import ConfigError
+from mdcollector.exchanges import Send, Venue, venue_class
+from mdcollector.records import ALWAYS_ON, FEEDS
+from mdcollector.ring import ring_bytes
+from mdcollector.supervisor import Planned
+
+
+class ConnectorPlan(msgspec.Struct):
+    """One `[connectors.NAME]`."""
+
+    name: str
+    exchange: str
+    connections: int
+    tickers: int
+    streams: int
+    messages: int  # client messages that subscribe everything
+    weight: int  # request weight of the first snapshots and of the list of instruments
+    messages_s: float  # that the slowest connection needs for its messages
+    ring_bytes: int
+
+
+class FamilyPlan(msgspec.Struct):
+    """All connectors whose venues share the limits of one IP address. Times in seconds, at most about."""
+
+    family: str
+    connections: int
+    messages: int
+    weight: int
+    connects_s: float  # until all connections may be opened
+    messages_s: float  # until everything may be subscribed
+    weight_s: float  # until all snapshots may be fetched
+
+    @property
+    def sync_s(self) -> float:
+        """Until every book is live: one after the other at worst."""
+        return self.connects_s + self.messages_s + self.weight_s
+
+
+class FleetPlan(msgspec.Struct):
+    """The whole fleet file."""
+
+    connections: list[Planned]
+    connectors: list[ConnectorPlan]
+    families: list[FamilyPlan]
+
+
+def plan_fleet(where: str, connectors: Mapping[str, tuple[ConnectorConfig, Sequence[Planned]]]) -> FleetPlan:
+    """What these connectors, each with its connections, come to. ConfigError: more than a venue allows."""
+    plans, families = [], dict[str, list[ConnectorPlan]]()
+    for name, (settings, connections) in connectors.items():
+        kind = venue_class(settings.exchange)
+        plan = _connector_plan(name, kind, settings, connections)
+        plans.append(plan)
+        families.setdefault(kind.FAMILY or kind.NAME, []).append(plan)
+    return FleetPlan(
+        [connection for _, connections in connectors.values() for connection in connections],
+        plans,
+        [_family_plan(where, family, members) for family, members in families.items()],
+    )
+
+
+def _connector_plan(
+    name: str, kind: type[Venue], settings: ConnectorConfig, connections: Sequence[Planned]
+) -> ConnectorPlan:
+    options, limits = venue_options(settings, kind), kind.LIMITS
+    messages = [_messages(kind, settings, connection) for connection in connections]
+    books = sum(stream.feed == "orderbook_l2" for connection in connections for stream in connection.streams)
+    lists = len(connections) * len(kind.instruments_paths()) if settings.instruments_s else 0
+    return ConnectorPlan(
+        name,
+        settings.exchange,
+        len(connections),
+        len({ticker for connection in connections for ticker in connection.tickers}),
+        sum(len(connection.streams) for connection in connections),
+        sum(messages),
+        books * kind.snapshot_weight(options) + lists * limits.instruments_weight,
+        max(0.0, (max(messages, default=0) - max(1.0, limits.messages_per_s)) / limits.messages_per_s),
+        sum(_ring_bytes(settings, connection) for connection in connections),
+    )
+
+
+def _messages(kind: type[Venue], settings: ConnectorConfig, connection: Planned) -> int:
+    """Client messages that subscribe the streams of a connection: the venue itself says them, into rings of no feed."""
+    with tempfile.TemporaryDirectory(prefix="mdcollector-") as rings:
+        small = dict.fromkeys(ALWAYS_ON, 512)
+        emit = Emit(Path(rings), "plan", kind.EXCHANGE, [], capacities=small, semaphore=False)
+        venue = kind(emit, venue_options(settings, kind), connection.streams)
+        venue.subscribe([stream.name for stream in connection.streams])
+        emit.close()
+        return sum(isinstance(want, Send) for want in venue.wants)
+
+
+def _ring_bytes(settings: ConnectorConfig, connection: Planned) -> int:
+    sizes = {**CAPACITIES, **settings.capacity}
+    feeds = (*feeds_of(settings, connection.streams), *ALWAYS_ON)
+    return sum(ring_bytes(FEEDS[feed], sizes[feed]) for feed in feeds)
+
+
+def _family_plan(where: str, family: str, members: Sequence[ConnectorPlan]) -> FamilyPlan:
+    limits = venue_class(members[0].exchange).LIMITS
+    connections, messages = sum(m.connections for m in members), sum(m.messages for m in members)
+    allowed, per_s = limits.connects
+    if connections > allowed:
+        names = ", ".join(member.name for member in members)
+        raise ConfigError(
+            f"{where}: connectors {names}: {connections} connections to {family}; it allows {allowed} in {per_s:g} s to "
+            "one IP address: take fewer tickers or feeds, or spread them over machines"
+        )
+    per_ip, per_ip_s = limits.messages_per_ip
+    weight = sum(member.weight for member in members)
+    return FamilyPlan(
+        family,
+        connections,
+        messages,
+        weight,
+        seconds_for(connections, allowed, per_s),
+        max(*(m.messages_s for m in members), seconds_for(messages, per_ip, per_ip_s) if per_ip else 0.0),
+        seconds_for(weight, limits.weight[0] * WEIGHT_SHARE, limits.weight[1]),
+    )
