@@ -340,7 +340,8 @@ class Coinbase(Venue):
         for ticker in gone:
             self._book_takers.pop(ticker, None)
             self._candles.pop(ticker, None)
-        self._holes = {place: since for place, since in self._holes.items() if place[1] not in gone}
+            for feed in ("bbo", "candles"):
+                self._end_hole(feed, ticker)
 
     # Planning
 
@@ -383,14 +384,6 @@ class Coinbase(Venue):
     def unsubscribe(self, names: Sequence[str]) -> None:
         self._leave(names)
         self._ask_for("unsubscribe", names)
-
-    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
-        super().remove(tickers, connected=connected)
-        for ticker in tickers:
-            self._book_takers.pop(ticker, None)
-            self._candles.pop(ticker, None)
-            for feed in ("bbo", "candles"):
-                self._end_hole(feed, ticker)
 
     def closing(self) -> list[str]:
         return [self._message("unsubscribe", "heartbeats", [])]  # one: the limit of messages holds here, too
