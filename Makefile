@@ -26,8 +26,10 @@ demo: setup  ## Run the whole fleet offline for some SECONDS=20 and prove what i
 soak: setup  ## Run the fleet under load and faults for SECONDS=20 (900 is the full one) and prove that nothing was lost
 	$(BIN)/python -m tools.soak --seconds $(SECONDS) --out soak-out
 
-test: setup  ## Run the tests
-	$(BIN)/python -m pytest
+WORKERS ?= 4
+
+test: setup  ## Run the tests, WORKERS=4 at a time (most of them wait for real processes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: setup  ## Lint, types, import directions, and whether generated texts are current
 	$(BIN)/ruff check .
