@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
@@ -85,6 +85,7 @@ def test_a_wrong_fault_is_refused_with_what_is_allowed(spec: str, text: str) -> 
         parse(spec)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(
     st.sampled_from(sorted(KINDS)),
     st.dictionaries(st.sampled_from([*COMMON, "n"]), st.text(max_size=4) | st.floats(), max_size=3),

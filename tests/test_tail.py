@@ -43,7 +43,8 @@ def row(feed: Feed | str, **values: Any) -> tuple[object, ...]:
         **texts,
         **values,
     }
-    return tuple(whole.get(c.name, 1.5 if c.ring == "f8" else 1) for c in feed.columns[:-1])
+    plausible = {"f": 1.5, "S": b"X"}  # by the kind of the column; 1 for whole numbers
+    return tuple(whole.get(c.name, plausible.get(c.ring[0], 1)) for c in feed.columns[:-1])
 
 
 def fill(

@@ -70,7 +70,6 @@ def test_wrong_use_of_run_is_named_and_leaves_nothing_behind(tmp_path: Path) -> 
         (("nope", "BTCUSDT"), "known are binance_spot"),
         (("binance_spot", ""), "tickers"),
         (("binance_spot", "BTCUSDT", "--feeds", "foo"), "allowed are trades"),
-        (("binance_spot", "BTCUSDT", "--feeds", ""), "feeds is empty"),
         (("binance_spot", "BTCUSDT", "--ws-url", "ws://"), "a host"),
         (("binance_spot", "BTCUSDT", "--ws-url", "ws://x:99999999"), "a host"),
         (("binance_spot", "BTCUSDT", "--rest-url", "ftp://x"), "http://"),

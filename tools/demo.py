@@ -258,8 +258,8 @@ def _chosen(_ctx: click.Context, _param: click.Parameter, value: str) -> list[st
 
 
 @click.command()
-@click.option("--seconds", default=20.0, show_default=True, help="How long the fleet collects once all venues deliver.")
-@click.option("--rate", default=15.0, show_default=True, help="Market actions per second and ticker.")
+@click.option("--seconds", type=POSITIVE, default=20.0, show_default=True, help="How long, once all venues deliver.")
+@click.option("--rate", type=POSITIVE, default=15.0, show_default=True, help="Market actions per second and ticker.")
 @click.option("--exchanges", default="all", show_default=True, callback=_chosen, help="Comma-separated venues.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True)
 def main(seconds: float, rate: float, exchanges: list[str], out: Path) -> None:

@@ -368,7 +368,13 @@ def _shown(seen: Seen) -> str:
 
 @click.command()
 @click.option("--seconds", type=Finite(20, 86_400), default=900.0, show_default=True)
-@click.option("--rate", default=400.0, show_default=True, help="Market actions per second and ticker.")
+@click.option(
+    "--rate",
+    type=Finite(0, min_open=True),
+    default=400.0,
+    show_default=True,
+    help="Market actions per second and ticker.",
+)
 @click.option("--exchanges", default="binance_spot,deribit,okx,bybit_linear", show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("soak-out"), show_default=True)
