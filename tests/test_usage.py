@@ -67,7 +67,7 @@ def sims() -> Iterator[Callable[..., tuple[str, ...]]]:
 def test_wrong_use_of_run_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
     target = tmp_path / "data"
     for words, named in (
-        (("nope", "BTCUSDT"), "known are binance_spot"),
+        (("nope", "BTCUSDT"), "known are binance_futures, binance_spot"),
         (("binance_spot", ""), "tickers"),
         (("binance_spot", "BTCUSDT", "--feeds", "foo"), "allowed are trades"),
         (("binance_spot", "BTCUSDT", "--ws-url", "ws://"), "a host"),
