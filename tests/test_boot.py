@@ -25,6 +25,7 @@ import pytest
 
 from mdcollector.errors import EXIT_CONFIG
 from mdcollector.supervisor import balance
+from mdcollector.units import WATCHDOG_S
 from tests.fleet import Fleet, until
 from tools.proof import Proof
 
@@ -34,7 +35,7 @@ CONNECTOR, WRITER = "mdcollector-connector@conn.service", "mdcollector-writer@pa
 MONITOR, TARGET = "mdcollector-monitor.service", "mdcollector.target"
 STATE, CONFIG = "/var/lib/mdcollector", "/etc/mdcollector/fleet.toml"
 UNITS = "/etc/systemd/system"
-WATCHDOG_S = 5  # in place of the 30 s of the units: a test does not wait that long
+HANG_S = 5  # the writer's watchdog in place of the units' own: a test does not wait that long
 BOOT_S = 60.0
 
 
@@ -170,7 +171,7 @@ class BootedFleet(Fleet):
         """What the manual says."""
         program = [self.machine.python, "-m", "mdcollector"]
         self.machine.done(*program, "units", "-c", CONFIG, "--out", UNITS)
-        self.machine.write(f"{UNITS}/mdcollector-writer@.service.d/test.conf", f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
+        self.machine.write(f"{UNITS}/mdcollector-writer@.service.d/test.conf", f"[Service]\nWatchdogSec={HANG_S}\n")
         self.machine.done("systemctl", "daemon-reload")
         self.machine.done("systemctl", "enable", "--now", TARGET)
 
@@ -233,6 +234,7 @@ def test_what_dies_or_hangs_is_started_again_and_a_stop_loses_nothing(fleet: Boo
     for unit in (CONNECTOR, WRITER, MONITOR):
         until(lambda unit=unit: machine.show(unit, "ActiveState") == "active", machine.tail)  # type: ignore[misc]
         assert machine.show(unit, "User") == "mdcollector"
+        assert machine.show(unit, "WatchdogUSec") == f"{HANG_S if unit == WRITER else WATCHDOG_S}s"
 
     # The monitor, hardened as it is, sees the others' processes.
     port = until(lambda: re.search(r"serving on 127\.0\.0\.1:(\d+)", machine.journal(MONITOR)), machine.tail)[1]
