@@ -70,10 +70,13 @@ bench: setup  ## Measure; writes bench/results.*
 schema: setup  ## Write the generated parts of the documentation anew
 	$(BIN)/python -m tools.docs
 
-lock: setup  ## Pin the newest allowed versions in .ci/requirements.lock
+PIP_COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links
+
+lock: setup  ## Pin the newest allowed versions in .ci/requirements.lock, and those of them that the image needs
 	$(BIN)/python -m pip install --quiet pip-tools
-	$(BIN)/pip-compile --quiet --all-extras --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
-		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file .ci/requirements.lock pyproject.toml
+	$(PIP_COMPILE) --all-extras --output-file .ci/requirements.lock pyproject.toml
+	$(PIP_COMPILE) --extra top --all-build-deps --constraint .ci/requirements.lock --output-file .ci/image.lock pyproject.toml
 
 clean:  ## Remove what was made here, environments included
 	rm -rf .venv .venv-* demo-out soak-out logs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -137,6 +137,10 @@ class Fleet:
         self.wait_live()
         return self
 
+    def pids(self) -> set[int]:
+        """Processes that were started; who else has left a page behind is of an earlier life."""
+        return {process.pid for process in self.processes}
+
     def wait_live(self) -> None:
         """Until the connector is connected, every book is live and every feed but candles has more rows than now."""
         before = {feed: self.published(feed) for feed in self.feeds if feed != "candles"}
@@ -145,7 +149,7 @@ class Fleet:
     def _is_live(self, before: Mapping[str, int]) -> bool:
         page = self.stats()
         assert not self.processes or self.processes[-1].poll() is None, self.tail()
-        if page.get("state") != "connected" or page["pid"] not in {p.pid for p in self.processes}:
+        if page.get("state") != "connected" or page["pid"] not in self.pids():
             return False
         books = len(self.tickers) if "orderbook_l2" in self.feeds else 0
         if page["books"] < books or page["books_invalid_count"]:

@@ -35,11 +35,15 @@ def test_every_process_of_the_fleet_is_wanted_with_its_cpu(written: Path) -> Non
     target = (written / "mdcollector.target").read_text()
     wants = next(line for line in target.splitlines() if line.startswith("Wants=")).removeprefix("Wants=").split()
     assert wants == [
-        "mdcollector-monitor.service", "mdcollector-connector@a.service", "mdcollector-connector@b.service",
-        "mdcollector-arbiter@both.service", "mdcollector-writer@parquet.service",
+        "mdcollector-monitor.service", "mdcollector-writer@parquet.service", "mdcollector-arbiter@both.service",
+        "mdcollector-connector@a.service", "mdcollector-connector@b.service",
     ]  # fmt: skip
-    assert "CPUAffinity=0" in (written / "mdcollector-connector@a.service.d" / "fleet.conf").read_text()
-    assert not (written / "mdcollector-connector@b.service.d").exists()
+    order = "[Unit]\nAfter=mdcollector-writer@parquet.service"
+    assert {path.parent.name: path.read_text() for path in written.glob("*.d/fleet.conf")} == {
+        "mdcollector-arbiter@both.service.d": f"{order}\n",
+        "mdcollector-connector@a.service.d": f"{order} mdcollector-arbiter@both.service\n[Service]\nCPUAffinity=0\n",
+        "mdcollector-connector@b.service.d": f"{order} mdcollector-arbiter@both.service\n",
+    }, "who fills is stopped before who drains"
     writer = (written / "mdcollector-writer@.service").read_text()
     assert f"ReadWritePaths={written.parent}/rings {written.parent}/data\n" in writer
     assert "RestartPreventExitStatus=78" in writer
@@ -50,7 +54,7 @@ def test_every_process_of_the_fleet_is_wanted_with_its_cpu(written: Path) -> Non
 def test_systemd_finds_nothing_wrong_with_them(written: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    instances = [written / "mdcollector-monitor.service", written / "mdcollector.target"]
+    instances = [written / f"mdcollector{name}" for name in ("-monitor.service", "-directories.service", ".target")]
     instances += [written / f"mdcollector-{role}@x.service" for role in ("connector", "arbiter", "writer")]
     verify = ["systemd-analyze", "verify", "--recursive-errors=no", *map(str, instances)]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=60)
