@@ -207,13 +207,13 @@ GOOD = {
     "ws_url": "ws://127.0.0.1:9",
 }
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown key": ({"exchnage": "x"}, ["connectors.conn.exchnage", "'x'", "unknown key", "exchange, tickers, feeds"]),
+    "unknown key": ({"exchnage": "x"}, ["connectors.conn.exchnage", "'x'", "unknown key", "exchange, tickers, kinds"]),
     "wrong type": ({"cpu": "one"}, ["connectors.conn.cpu", "'one'", "int"]),
     "wrong type in a list": ({"tickers": ["BTCUSDT", 5]}, ["connectors.conn.tickers", "5", "str"]),
     "out of range": ({"book_depth": 9999}, ["connectors.conn.book_depth", "9999", "0 to 5000"]),
     "negative": ({"stale_s": -1.0}, ["connectors.conn.stale_s", "-1", "0 to 86400"]),
     "no backoff": ({"reconnect_most_s": 0.0}, ["connectors.conn.reconnect_most_s", "0.1 to 3600"]),
-    "unknown exchange": ({"exchange": "binanec"}, ["connectors.conn", "'binanec'", "binance_spot, deribit"]),
+    "unknown exchange": ({"exchange": "binanec"}, ["connectors.conn", "'binanec'", "binance_futures, binance_spot, bybit_inverse"]),
     "unknown feed": ({"feeds": ["trades", "quotes"]}, ["connectors.conn.feeds", "'quotes'", "trades, orderbook_l2"]),
     "feed the venue has not": ({"feeds": ["liquidations"]}, ["connectors.conn", "liquidations", "trades, orderbook_l2"]),
     "no feeds": ({"feeds": []}, ["connectors.conn.feeds", "trades, orderbook_l2"]),

@@ -64,7 +64,7 @@ def faults(exchange: str) -> list[str]:
     if trades:
         found += [f"gap:at=7,stream={trades},n=2", f"duplicate:every=4,stream={trades}"]
     if exchange.startswith("binance"):  # whose books are healed over HTTP
-        found += [f"reorder:every=3,stream={books}", "truncate:at=8", "ban:at=11,seconds=2,status=429"]
+        found += [f"reorder:every=3,stream={books}", f"truncate:at=8,stream={books}", "ban:at=11,seconds=2,status=429"]
     return [f"{fault},agent={USER_AGENT}" for fault in found]
 
 

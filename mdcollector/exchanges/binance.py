@@ -50,7 +50,7 @@ Pairs = list[tuple[Quantity, Quantity]]
 # `X` of a futures trade. Undocumented; the others have a price that nobody could trade at, and a counter all the same
 # (live measurement of 2026-08, exchange-protocols 4.3).
 MARKET = "MARKET"
-NO_EXECUTIONS = ("INSURANCE_FUND", "ADL", "NA")
+NO_EXECUTIONS = ("INSURANCE_FUND", "ADL", "NA")  # types of trades of futures
 
 
 class Trade(msgspec.Struct, gc=False):
@@ -283,8 +283,12 @@ def _us(time: int) -> int:
 
 
 def kind_of(stream: str) -> str:
-    """What comes on a stream, without instrument, speed and interval: btcusdt@kline_1m -> kline."""
-    return stream.partition("@")[2].partition("@")[0].partition("_")[0]
+    """What comes on a stream, without instrument, speed and interval: btcusdt@kline_1m -> kline.
+
+    Statistics over other times than 24 hours (ticker_1h) are another kind.
+    """
+    kind = stream.partition("@")[2].partition("@")[0]
+    return "kline" if kind.startswith("kline_") else kind
 
 
 class Binance(Venue):
@@ -295,6 +299,7 @@ class Binance(Venue):
     STREAMS: ClassVar[Mapping[str, tuple[str, ...]]]  # feed -> its streams, beside trades and candles
     SNAPSHOT_WEIGHTS: ClassVar[tuple[tuple[int, int], ...]]  # levels up to, weight
     TRADES_WEIGHTS: ClassVar[Mapping[str, int]]  # endpoint -> weight
+    NOT_EXECUTED: ClassVar[tuple[str, ...]] = ()  # types of trades that are no executions
     TRADE_CHANNELS = ("trade", "aggTrade")
     PREFIX = b'{"stream":"'
 
@@ -445,7 +450,7 @@ class Binance(Venue):
             if timestamp < _MS_MAX:
                 timestamp *= 1000
             if trade.X != MARKET:
-                if trade.X in NO_EXECUTIONS:
+                if trade.X in self.NOT_EXECUTED:
                     sync.skip(seq, timestamp)
                     return
                 self.drift("trade type", trade.X, frame)
@@ -717,6 +722,7 @@ class BinanceFutures(Binance):
         "orderbook_l2": ("depth@100ms",), "bbo": ("bookTicker",), "tickers": ("ticker", "markPrice@1s"),
         "liquidations": ("forceOrder",),
     }  # fmt: skip
+    NOT_EXECUTED = NO_EXECUTIONS
     SNAPSHOT_WEIGHTS = ((5, 2), (10, 2), (20, 2), (50, 2), (100, 5), (500, 10), (1000, 20))  # no other limits are valid
     TRADES_WEIGHTS: ClassVar[Mapping[str, int]] = {"trades": 5, "historicalTrades": 20, "aggTrades": 20}
     LIMITS = Limits(

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -253,6 +254,12 @@ class Binance(Venue):
     def snapshot_for(self, stream: str) -> str | None:
         symbol, _, kind = stream.partition("@")
         return f"{self.api}/depth?symbol={symbol.upper()}&limit=1000" if kind in ("depth", "depth@100ms") else None
+
+    def serves(self, url: str) -> bool:
+        parts = urlsplit(url)
+        if parts.hostname == "www.binance.com":  # once the host of both, then the path tells
+            return parts.path.startswith("/fapi/") == self.api.startswith("/fapi/")
+        return super().serves(url)
 
 
 class BinanceSpot(Binance):
