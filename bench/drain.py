@@ -17,6 +17,7 @@ from bench.micro import ring_directory
 from bench.processes import child, module, until
 from mdcollector.emit import Emit
 from mdcollector.exchanges import Options, Venue, binance
+from mdcollector.records import DATA_FEEDS
 from mdcollector.writer import Writer
 
 START_S, RUN_S = 30.0, 180.0
@@ -26,7 +27,7 @@ ROLL_ROWS = 250_000  # so that a run of some seconds writes several files
 def write(rings: Path, out: Path) -> None:
     """Drain until stdin ends; report rows, bytes, seconds and CPU seconds since the first line on stdin."""
     logging.getLogger("mdcollector").setLevel(logging.ERROR)  # that it begins behind a full ring is the point
-    writer = Writer(rings, out, name="bench", roll_rows=ROLL_ROWS, roll_s=5.0)
+    writer = Writer(rings, out, name="bench", feeds=DATA_FEEDS, roll_rows=ROLL_ROWS, roll_s=5.0)
     print(json.dumps({"ready": True}), flush=True)
     sys.stdin.readline()
     began, cpu = time.perf_counter(), time.process_time()

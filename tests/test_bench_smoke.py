@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from bench import frames
+
 RUN_S = 110
 
 
@@ -27,10 +29,13 @@ def bench(repository: Path, out: Path, *parts: str) -> dict[str, Any]:
 def test_what_runs_in_one_process(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("orjson", reason="the bench extra is not installed")
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
-    found = bench(repository, tmp_path, "calibration", "ring", "decode", "hot_path")
+    found = bench(repository, tmp_path, "calibration", "ring", "decode", "hot_path", "venues")
     assert all(ns > 0 for ns in found["ring"].values())
     assert {row["frame"] for row in found["decode"]} >= {"binance trade", "binance depth 2x20", "deribit book 2x20"}
     assert all(row[p] > 0 for row in found["decode"] for p in ("msgspec typed", "msgspec untyped", "orjson", "json"))
+    assert {row["frame"].split()[0] for row in found["venues"]} == set(frames.VENUES)
+    assert all(row["rows"] >= (40 if "book" in row["frame"] else 1) for row in found["venues"])
+    assert all(row["total"] > 0 < row["orjson"] for row in found["venues"])
     rows = {row["frame"]: row for row in found["hot_path"]}
     assert rows["binance trade"]["rows"] == 1
     assert rows["binance depth 2x20"]["rows"] == rows["deribit book 2x20"]["rows"] == 40
@@ -40,7 +45,9 @@ def test_what_runs_in_one_process(repository: Path, tmp_path: Path) -> None:
 def test_what_runs_in_processes(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("orjson", reason="the bench extra is not installed")
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
-    found = bench(repository, tmp_path, "end_to_end", "ring_to_reader", "drain", "sustained")
+    found = bench(repository, tmp_path, "end_to_end", "ring_to_reader", "drain", "sustained", "streams")
+    assert found["streams"]["streams"] == 400
+    assert found["streams"]["core_share"] > 0
     runs = {(run["kind"], run["mode"]): run for run in found["end_to_end"]}
     assert runs["trade", "burst"]["messages"] == 2999
     assert runs["depth", "burst"]["messages"] == 199
