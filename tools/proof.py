@@ -18,7 +18,7 @@ dictionaries, the tables are read with pyarrow, and every rule is written here a
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -409,8 +409,10 @@ class _Comparison:
             prices = (float(real[k]) for k in ("bid", "bid_qty", "ask", "ask_qty"))
             return (*prices, real["id"] if has_id else None, self._time(real["t"]) if has_time else None)
 
-        truth = [(of_truth(real), real["t"]) for real in self.truth.rows("bbo", ticker)]
-        self._in_order("bbo", connector, ticker, [(of_row(row), row) for row in rows], truth)
+        lines = self.truth.rows("bbo", ticker)
+        truth = [(of_truth(real), real["t"]) for real in lines]
+        greetings = {of_truth(real) for real in lines if real.get("greeting")}
+        self._in_order("bbo", connector, ticker, [(of_row(row), row) for row in rows], truth, greetings)
         if not has_time:
             self._times_local("bbo", ticker, rows)
 
@@ -531,8 +533,12 @@ class _Comparison:
         ticker: str,
         rows: Sequence[tuple[tuple[Any, ...], Row]],
         truth: Sequence[tuple[tuple[Any, ...], int]],
+        greetings: Set[tuple[Any, ...]] = frozenset(),
     ) -> None:
-        """Rows are a subsequence of the truth; what lies between two of them and is missing has a hole to lie in."""
+        """Rows are a subsequence of the truth; what lies between two of them and is missing has a hole to lie in.
+
+        `greetings` repeat what was known, to one client that has just come; the others never see them.
+        """
         places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for place, (key, _) in enumerate(truth):
             places[key].append(place)
@@ -546,11 +552,13 @@ class _Comparison:
                 continue
             place = known[behind]
             if reached >= 0 and not self.dialect.polled:
-                self._between(feed, ticker, holes, truth[reached + 1 : place])
+                self._between(
+                    feed, ticker, holes, [line for line in truth[reached + 1 : place] if line[0] not in greetings]
+                )
             reached = place
             self.proof.feeds[feed].equal += 1
         if self.to_end and rows and not self.dialect.polled:
-            self._between(feed, ticker, holes, truth[reached + 1 :])
+            self._between(feed, ticker, holes, [line for line in truth[reached + 1 :] if line[0] not in greetings])
 
     def _between(self, feed: str, ticker: str, holes: _Holes, missing: Sequence[tuple[tuple[Any, ...], int]]) -> None:
         for key, t in missing:

@@ -241,6 +241,7 @@ class Coinbase(Venue):
         line, known = (product.best, product.book_t), product.bbo_line
         if known == line or (only_news and known is not None and known[0] == product.best):
             return
+        greeting = ',"greeting":true' if known is not None and known[0] == product.best else ""  # for one client only
         product.bbo_line = line
         (bid, bid_lots), (ask, ask_lots) = product.best
         self.exchange.ledger.line(
@@ -248,7 +249,7 @@ class Coinbase(Venue):
             product.name,
             f'{{"kind":"bbo","ticker":"{product.name}","id":{product.book_t},"bid":"{product.price(bid)}",'
             f'"bid_qty":"{product.size(bid_lots)}","ask":"{product.price(ask)}","ask_qty":"{product.size(ask_lots)}",'
-            f'"t":{product.book_t}}}',
+            f'"t":{product.book_t}{greeting}}}',
         )
 
     def _snapshot(self, product: _Product) -> str:
