@@ -385,7 +385,8 @@ class Coinbase(Venue):
         else:
             session.own.asked = True
             names = ["heartbeats"] if channel == "heartbeats" else [self._real(str(p)) for p in products]
-            if unknown := [name for name in names if name not in self.products and channel != "heartbeats"]:
+            known = {"heartbeats", *self.products, *(self.left if kind == "unsubscribe" else ())}
+            if unknown := [name for name in names if name not in known]:
                 self._error(session, f"{unknown[0]} is not a valid product")
             elif kind == "unsubscribe":
                 for name in names:
