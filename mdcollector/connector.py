@@ -408,7 +408,12 @@ class Connector:
         self._hold_on("reconnect")
 
     def _hold_on(self, cause: str) -> None:
-        """Nothing comes any more: whatever is missed from here on is a hole."""
+        """Nothing comes any more: whatever is missed from here on is a hole.
+
+        One that is still open is told up to now: rows may have come behind it, and the next life, should this one end
+        before the next connection, knows only the last of them.
+        """
+        self._tell_holes()
         self._holes_from_us = {**self._last_unsequenced_us(), **self._holes_from_us}
         self.venue.disconnected(cause)
 

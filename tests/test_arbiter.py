@@ -1064,7 +1064,7 @@ def _stats(tmp_path: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("exchange", ["binance_spot", "deribit"])
+@pytest.mark.parametrize("exchange", ["binance_spot", "deribit", "binance_futures"])
 def test_two_connectors_with_faults_and_an_arbiter_that_is_killed_equal_the_ledger(
     tmp_path: Path, exchange: str
 ) -> None:

@@ -166,6 +166,21 @@ def test_trades_of_the_greeting_are_not_stored_again(start: Start) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_a_stream_that_is_acknowledged_and_silent_is_taken_anew(start: Start) -> None:
+    """F1. Trades and the book of one product: REST shows a newer trade. The others and the connection go on."""
+    fleet, hit = start(silent_s=1.0), TICKERS[0]
+    for channel in ("market_trades", "level2"):
+        fleet.sim.fault("silence", stream=f"{channel}:", ticker=hit, until="left")
+    fleet.wait_counter("stream_recovered", 2)
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+    assert fleet.counter("connections") == 1, "the connection stays"
+    silent = {(gap["feed"], gap["ticker"]) for gap in fleet.rows("gaps") if gap["cause"] == "silent"}
+    assert {ticker for _, ticker in silent} == {hit}
+    assert proof.feeds["trades"].repaired > 0, "trades are fetched, the others are lost"
+    assert [proof.feeds[feed].explained > 0 for feed in ("trades", "orderbook_l2", "bbo")] == [False, True, True]
+
+
 def test_a_planned_replacement_ends_one_connection_before_the_next(start: Start) -> None:
     """F5. Numbers of two connections have nothing to do with each other: no overlap, and no trade is missing."""
     fleet = start(lifetime_s=3.0)

@@ -22,6 +22,8 @@ from mdcollector.records import Exchange
 
 LIST = {
     "binance_spot": "/api/v3/exchangeInfo",
+    "binance_futures": "/fapi/v1/exchangeInfo",
+    "coinbase": "/api/v3/brokerage/market/products?product_type=SPOT",
     "deribit": "/api/v2/public/get_instruments?currency=any&expired=false",
     "okx": "/api/v5/public/instruments?instType=SPOT",
 }
@@ -29,6 +31,8 @@ FEEDS = ("trades", "orderbook_l2", "bbo")
 # venue: pattern, listed from the start (the first one stays), listed later, not meant
 NAMES = {
     "binance_spot": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWBTC"),
+    "binance_futures": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWBTC"),
+    "coinbase": ("*-USD", ("BTC-USD", "ETH-USD"), "NEW-USD", "NEW-EUR"),
     "deribit": ("*-PERPETUAL", ("BTC-PERPETUAL", "ETH-PERPETUAL"), "NEW_USDC-PERPETUAL", "BTC-25DEC26"),
     "okx": ("*-USDT", ("BTC-USDT", "ETH-USDT"), "NEW-USDT", "NEW-BTC"),
 }
@@ -44,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         def make(exchange: str, **options: Any) -> Fleet:
             pattern, listed, _, _ = NAMES[exchange]
             sim_tickers = ",".join(f"{ticker}:1" for ticker in listed)
-            every_s = {"binance_spot": 0.5, "deribit": 4.0, "okx": 3.0}[exchange]  # the list costs more there
+            every_s = {"deribit": 4.0, "okx": 3.0}.get(exchange, 0.5)  # the list costs more there
             options = {"instruments_s": every_s, "feeds": FEEDS, "sim_tickers": sim_tickers, **options}
             return stack.enter_context(Fleet(tmp_path / exchange, exchange, tickers=[pattern], **options))
 
@@ -57,6 +61,8 @@ def listed_by(fleet: Fleet) -> dict[str, dict[str, Any]]:
         body = json.load(response)
     if fleet.exchange == "deribit":
         rows = ((i["instrument_name"], i["is_active"], float(i["tick_size"])) for i in body["result"])
+    elif fleet.exchange == "coinbase":
+        rows = ((p["product_id"], p["status"] == "online", float(p["price_increment"])) for p in body["products"])
     elif fleet.exchange == "okx":
         rows = ((i["instId"], i["state"] == "live", float(i["tickSz"])) for i in body["data"])
     else:

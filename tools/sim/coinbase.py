@@ -138,6 +138,7 @@ class Coinbase(Venue):
     def __init__(self, exchange: Exchange, limits: Mapping[str, float], credentials: Mapping[str, str]) -> None:
         super().__init__(exchange, limits, credentials)
         self.products = {ticker: _Product(book, exchange.t) for ticker, book in exchange.market.books.items()}
+        self.left: dict[str, _Product] = {}  # as they were when they were delisted
         self.windows: dict[tuple[str, str], Window] = {}
         self.nonces: set[str] = set()
         self.heartbeats = 41_690
@@ -159,6 +160,10 @@ class Coinbase(Venue):
 
     def listed(self, book: Book, t: int) -> None:
         self.products[book.instrument.ticker] = _Product(book, t)
+
+    def delisted(self, book: Book, t: int) -> None:
+        self.finish(t)
+        self.left[book.instrument.ticker] = self.products.pop(book.instrument.ticker)
 
     # The market put into words.
 
@@ -381,7 +386,8 @@ class Coinbase(Venue):
         else:
             session.own.asked = True
             names = ["heartbeats"] if channel == "heartbeats" else [self._real(str(p)) for p in products]
-            if unknown := [name for name in names if name not in self.products and channel != "heartbeats"]:
+            known = {"heartbeats", *self.products, *(self.left if kind == "unsubscribe" else ())}
+            if unknown := [name for name in names if name not in known]:
                 self._error(session, f"{unknown[0]} is not a valid product")
             elif kind == "unsubscribe":
                 for name in names:
@@ -493,7 +499,7 @@ class Coinbase(Venue):
         if product is None:
             return _no_such_product()
         if what == "":
-            return Reply(_json(_product_words(product, "")))
+            return Reply(_json(self._described(product, "")))
         if what == "ticker":
             return self._trades_reply(product, request)
         if what == "candles":
@@ -503,10 +509,10 @@ class Coinbase(Venue):
     def _list(self, request: Request) -> Reply:
         """Products, page by page where a limit asks for it; each -USD one has a -USDC one that is the same market."""
         rows = []
-        for product in self.products.values():
-            rows.append(_product_words(product, ""))
+        for product in (*self.products.values(), *(self.left[name] for name in self.exchange.halted)):
+            rows.append(self._described(product, ""))
             if product.instrument.quote == "USD":
-                rows.append(_product_words(product, product.name) | {"product_id": f"{product.name}C"})
+                rows.append(self._described(product, product.name) | {"product_id": f"{product.name}C"})
         first = int(request.query.get("cursor") or 0)
         last = first + int(request.query.get("limit") or len(rows))
         has_next = last < len(rows)
@@ -517,6 +523,37 @@ class Coinbase(Venue):
             "has_prev": first > 0,
         }
         return Reply(_json({"products": rows[first:last], "num_products": len(rows), "pagination": page}))
+
+    def _described(self, product: _Product, alias: str) -> dict[str, object]:
+        instrument = product.instrument
+        quote = "USDC" if alias else instrument.quote
+        tick = _short(instrument.tick, instrument.price_scale + self.exchange.finer[product.name])
+        is_halted = product.name in self.exchange.halted
+        return {
+            "product_id": product.name,
+            "price": product.price(product.book.mid2() // 2),
+            "base_increment": _short(instrument.lot, instrument.qty_scale),
+            "quote_increment": tick,
+            "is_disabled": False,
+            "new": False,
+            "status": "delisted" if is_halted else "online",
+            "cancel_only": False,
+            "limit_only": False,
+            "post_only": False,
+            "trading_disabled": is_halted,
+            "auction_mode": False,
+            "product_type": "SPOT",
+            "quote_currency_id": quote,
+            "base_currency_id": instrument.base,
+            "fcm_trading_session_details": None,
+            "alias": alias,
+            "alias_to": [] if alias or quote != "USD" else [f"{product.name}C"],
+            "view_only": False,
+            "price_increment": tick,
+            "display_name": f"{instrument.base}-{quote}",
+            "product_venue": "CBE",
+            "new_at": "2023-01-01T00:00:00Z",
+        }
 
     def _book_reply(self, product: _Product, request: Request) -> Reply:
         limit = int(request.query.get("limit") or 10_000)
@@ -584,37 +621,6 @@ def _candle_words(product: _Product, candle: Candle) -> dict[str, str]:
     prices = {key: product.price(getattr(candle, key)) for key in ("high", "low", "open", "close")}
     start = str(candle.start // 1_000_000)
     return {"start": start, **prices, "volume": product.size(candle.lots), "product_id": product.name}
-
-
-def _product_words(product: _Product, alias: str) -> dict[str, object]:
-    instrument = product.instrument
-    quote = "USDC" if alias else instrument.quote
-    tick = _short(instrument.tick, instrument.price_scale)
-    return {
-        "product_id": product.name,
-        "price": product.price(product.book.mid2() // 2),
-        "base_increment": _short(instrument.lot, instrument.qty_scale),
-        "quote_increment": tick,
-        "is_disabled": False,
-        "new": False,
-        "status": "online",
-        "cancel_only": False,
-        "limit_only": False,
-        "post_only": False,
-        "trading_disabled": False,
-        "auction_mode": False,
-        "product_type": "SPOT",
-        "quote_currency_id": quote,
-        "base_currency_id": instrument.base,
-        "fcm_trading_session_details": None,
-        "alias": alias,
-        "alias_to": [] if alias or quote != "USD" else [f"{product.name}C"],
-        "view_only": False,
-        "price_increment": tick,
-        "display_name": f"{instrument.base}-{quote}",
-        "product_venue": "CBE",
-        "new_at": "2023-01-01T00:00:00Z",
-    }
 
 
 def _no_such_product() -> Reply:
