@@ -189,6 +189,11 @@ def test_a_planned_replacement_ends_one_connection_before_the_next(start: Start)
     opened = [conn for conn in fleet.sim.ledger().connections if conn["event"] in ("open", "close")]
     assert [conn["event"] for conn in opened[:4]] == ["open", "close", "open", "close"]
     assert fleet.counter("rollovers") == 0
+    # A replacement that meets the exchange's end has no next connection to tell its hole: let nothing happen in it.
+    fleet.sim.pause()
+    paused_s = fleet.sim.state()["seconds"]
+    fleet.sim.wait_state(lambda state: state["seconds"] > paused_s + 1)  # what waited for its timer is published
+    fleet.wait_counter("gap_bbo_reconnect", fleet.counter("gap_bbo_reconnect") + 1)
     proof = fleet.finish()
     assert proof.ok, str(proof)
     assert proof.feeds["trades"].explained == 0

@@ -25,6 +25,7 @@ from recorded import (
     LAST,
     RESYNCED,
     SNAPSHOT,
+    UNPROVEN,
     Expected,
     PlainTrades,
     compare,
@@ -94,7 +95,7 @@ class Model:
         for ticker, held in self.held.items():
             for levels, update_id, timestamp, rcv, packet in held:
                 self.expected.rcv, self.expected.packet = rcv, packet
-                self._rows(ticker, levels, update_id, timestamp, INVALID)
+                self._rows(ticker, levels, update_id, timestamp, INVALID | UNPROVEN)
         self.expected.rcv, self.expected.packet = now
         for (feed, ticker), from_us in self.holes.items():
             self._hole(feed, ticker, from_us, "resync")

@@ -282,6 +282,9 @@ def test_rest_answers_agree_with_the_ledger(tmp_path: Path) -> None:
     async def talk(sim: SimProcess) -> None:
         sim.wait_state(lambda state: state["ledger"].get("trade", {}).get(NAME, 0) > 150)
         sim.pause()
+        paused_s = sim.state()["seconds"]
+        sim.wait_state(lambda state: state["seconds"] > paused_s + 0.5)  # what waited for its timer is due
+        sim.state()  # and, as a request later, published
         _, newest = await get(sim, f"/products/{NAME}/ticker", limit=1000)
         trades = newest["trades"]
         seconds = sorted({us(t["time"]) // 1_000_000 for t in trades})

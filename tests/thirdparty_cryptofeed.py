@@ -34,8 +34,10 @@ async def on_trade(trade, _received):
 async def on_book(book, _received):
     levels = book.book.to_dict()
     sides = {side: {str(price): str(qty) for price, qty in levels[side].items()} for side in ("bid", "ask")}
-    # Where the library hands on no number of a message, its time in ms stands for it.
-    seq = book.sequence_number if book.sequence_number is not None else round(book.timestamp * 1000)
+    # Where the library hands on no number of a message, its time in ms stands for it; books of Coinbase have no such time.
+    seq = book.sequence_number
+    if seq is None and isinstance(book.timestamp, float):
+        seq = round(book.timestamp * 1000)
     tell(kind="book", symbol=book.symbol, seq=seq, **sides)
 
 
