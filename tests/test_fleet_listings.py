@@ -196,6 +196,12 @@ def body_of(*tickers: str, then: str | None = None, active: bool = True) -> byte
     return json.dumps({"listed": [{"ticker": t, "active": active} for t in tickers], "next": then}).encode()
 
 
+def trades_of(ticker: str) -> Stream:
+    """As the venue plans it: what is new goes only to a connection of the same path."""
+    (stream,) = Paged.streams_of(ticker, ["trades"], Options())
+    return stream
+
+
 class Connection:
     """A connection with the streams of A and B, that follows `*` on a list which the test answers."""
 
@@ -234,7 +240,7 @@ class Connection:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Connection]:
-    made = Connection(tmp_path, [Stream("a@trade", "trades", "A"), Stream("b@trade", "trades", "B")])
+    made = Connection(tmp_path, [trades_of("A"), trades_of("B")])
     yield made
     made.emit.close()
 
@@ -309,7 +315,7 @@ def test_a_stream_that_serves_several_instruments_stays_for_the_others(tmp_path:
 
 def test_without_room_it_is_counted_once_and_told(tmp_path: Path) -> None:
     most = BinanceSpot.LIMITS.streams_per_connection
-    full = Connection(tmp_path, [Stream(f"t{i}@trade", "trades", f"T{i}") for i in range(most)])
+    full = Connection(tmp_path, [trades_of(f"T{i}") for i in range(most)])
     body = body_of("NEW", *(f"T{i}" for i in range(most)))
     for _ in range(2):
         full.answer(a=body, b=body_of("NEW"))

@@ -203,8 +203,14 @@ class _OpenInterest(msgspec.Struct):
 class _Newest(msgspec.Struct):
     """Only the time of a trade, an aggregated trade, or a mark, whatever it is called."""
 
-    T: Time = 0
-    time: Time = 0
+    T: Time | None = None
+    time: Time | None = None
+
+    def us(self) -> int:
+        time = self.time if self.T is None else self.T
+        if time is None:
+            raise FrameError("no_time", "neither T nor time")
+        return _us(time)
 
 
 class _Filter(msgspec.Struct):
@@ -549,7 +555,7 @@ class Binance(Venue):
 
     def newest_us(self, stream: Stream, body: bytes) -> int:
         said = decode_body(_decode_newest, body)
-        return max((_us(one.T or one.time) for one in (said if isinstance(said, list) else [said])), default=0)
+        return max((one.us() for one in (said if isinstance(said, list) else [said])), default=0)
 
     # HTTP
 
