@@ -11,6 +11,7 @@ from functools import partial
 
 import msgspec
 
+from mdcollector.continuity import TradeIds, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.exchanges import REASON_CHARS_MAX, Reconnect, Stream, StreamState, Venue
 from mdcollector.records import Flag
@@ -82,9 +83,14 @@ class Subscriptions:
         elif state.hole_us and state.is_acknowledged and not state.silent_ns:
             self._tell_hole(stream, state)
             state.hole_us, state.hole_told = 0, False
-            sync = self._venue.trade_syncs.get(stream.ticker)
-            if stream.feed == "trades" and sync is not None and sync.unproven:
-                sync.want_tail()
+            for trades in self._trades_of(stream):
+                if trades.unproven:
+                    trades.want_tail()
+
+    def _trades_of(self, stream: Stream) -> list[TradeSync | TradeIds]:
+        """What watches the trades that this stream brings, with a counter or without."""
+        watches = self._venue.trade_watches if stream.feed == "trades" else []
+        return [trades for trades in watches if trades.instrument.ticker == stream.ticker]
 
     def _tell_hole(self, stream: Stream, state: StreamState) -> None:
         """At once, so that even a crash leaves no silent hole; again while it lasts; and when it ends.
@@ -187,8 +193,8 @@ class Subscriptions:
         venue.notes[f"silent {stream.name}"] = "acknowledged, but it brings nothing that REST shows"
         if stream.feed == "orderbook_l2" and stream.ticker in venue.books:
             venue.books[stream.ticker].disconnected("silent")
-        if stream.feed == "trades" and stream.ticker in venue.trade_syncs:
-            venue.trade_syncs[stream.ticker].disconnected("silent")
+        for trades in self._trades_of(stream):
+            trades.disconnected("silent")
         state.requested_ns = now
         venue.unsubscribe([stream.name])
         venue.subscribe([stream.name])
