@@ -282,6 +282,7 @@ class Deribit(Venue):
         self._request_id = 0
         self._refresh_token = ""
         self._refresh_at_ns = 0
+        self._had_raw = self._login_lost = False  # on this connection
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._candles: dict[tuple[str, str], Chart] = {}
@@ -324,6 +325,7 @@ class Deribit(Venue):
     def opened(self) -> None:
         self._requests.clear()
         self._refresh_token, self._refresh_at_ns = "", 0
+        self._had_raw = self._login_lost = False
         self._call("public/set_heartbeat", {"interval": HEARTBEAT_S})
         if self.options.credentials:
             # Subscribing waits for the reply: the token belongs to the connection.
@@ -399,6 +401,7 @@ class Deribit(Venue):
         elif method == "public/subscribe":
             confirmed = _decode_names(envelope.result)
             self.acknowledge(confirmed, time.time_ns())
+            self._had_raw |= any(_is_raw(name) for name in confirmed)
             if missing := sorted(set(channels) - set(confirmed)):
                 self.refuse(missing, "left out of the reply to subscribe: the venue knows no such channel")
         elif not method and not self.open_world:
@@ -412,12 +415,38 @@ class Deribit(Venue):
         elif method == _REFRESH:
             self.emit.counters["token_refused"] += 1
             self.wants.append(Reconnect("token_refused", overlap=True))  # a new connection begins with a login
+        elif error.code == _RAW_UNAUTHORIZED and (self._had_raw or (self.overlapping and not method)):
+            self._lost_login(text)
         elif error.code == _RAW_UNAUTHORIZED or (method == _LOGIN and error.code in _BAD_AUTH):
             self._fall_back(text)
         elif channels and method == "public/subscribe":
             self.refuse(channels, text)
         else:
             raise FrameError("venue_error", f"{method}: {text}")
+
+    def _lost_login(self, reason: str) -> None:
+        """Raw channels were open on this connection and are not any more: all of them are dead, a new login brings them.
+
+        Both connections would deliver the rest meanwhile, so what the dead ones missed is told per stream.
+        """
+        if self._login_lost or self.overlapping:  # once; and a replacement that is under way logs in anyway
+            return
+        self._login_lost = True
+        self.emit.counters["login_lost"] += 1
+        now = time.time_ns()
+        for stream in self.streams:
+            state = self.proof.get(stream.name)
+            if state is None or not _is_raw(stream.name):
+                continue
+            if not state.hole_us:
+                state.hole_us = self.emit.last_rcv_us(stream.feed, stream.ticker) or state.requested_ns // 1000
+                state.hole_cause = "silent"
+            state.hole_told, state.requested_ns = False, now
+            if stream.feed == "orderbook_l2" and stream.ticker in self.books:
+                self.books[stream.ticker].disconnected("silent")
+            if stream.feed == "trades" and stream.ticker in self.trade_syncs:
+                self.trade_syncs[stream.ticker].disconnected("silent")
+        self.wants.append(Reconnect(f"login lost: {reason}", overlap=True))
 
     def _fall_back(self, reason: str) -> None:
         """Without a valid login the raw channels are closed to us: take the 100 ms ones and say so."""
@@ -595,8 +624,12 @@ def _info(i: _Instrument) -> InstrumentInfo:
     )  # fmt: skip
 
 
+def _is_raw(channel: str) -> bool:
+    return channel.endswith(".raw")
+
+
 def _slower(channel: str) -> str:
-    return channel.removesuffix(".raw") + ".100ms" if channel.endswith(".raw") else channel
+    return channel.removesuffix(".raw") + ".100ms" if _is_raw(channel) else channel
 
 
 def _rpc(request_id: int, method: str, params: dict[str, Any]) -> str:
