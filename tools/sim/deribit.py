@@ -83,6 +83,7 @@ class _Name:
         self.waiting = {interval: _Waiting(book.engine_id) for interval in INTERVALS}
         self.trades: dict[str, list[str]] = {FAST: [], SLOW: []}
         self.ticker_dirty = {FAST: False, SLOW: False}
+        self.ticker_told: dict[str, str] = {}  # interval -> the newest that was published, while it still holds
         self.grouped_dirty = {FAST: False, SLOW: False}
         self.chart_dirty = False
         self.last_price = book.instrument.start
@@ -277,8 +278,9 @@ class Deribit(Venue):
             self._quote(name, action)
         if action.best_changed or action.trades:
             name.ticker_dirty[FAST] = name.ticker_dirty[SLOW] = True
+            name.ticker_told.clear()
             if f"ticker.{name.name}.raw" in self.exchange.streams:
-                text = _numbers(self._ticker_data(name, action.t))
+                text = name.ticker_told[RAW] = _numbers(self._ticker_data(name, action.t))
                 self._ticker_line("ticker", name.name, RAW, action.t, text)
                 self._notify(f"ticker.{name.name}.raw", name.name, text)
 
@@ -452,7 +454,7 @@ class Deribit(Venue):
 
     def _ticker(self, name: _Name, interval: str, t: int) -> None:
         data = self._ticker_data(name, t)
-        text = _numbers(data)
+        text = name.ticker_told[interval] = _numbers(data)
         self._ticker_line("ticker", name.name, interval, t, text)
         self._notify(f"ticker.{name.name}.{interval}", name.name, text)
         if interval == FAST:
@@ -749,8 +751,11 @@ class Deribit(Venue):
             if found := BOOK.match(channel):
                 self.exchange.send(session, self._snapshot(self.names[found["name"]], found["interval"]))
             elif (found := TIMED.match(channel)) and found["what"] == "ticker":
-                data = _numbers(self._ticker_data(self.names[found["name"]], self.exchange.t))
-                self._ticker_line("first_ticker", found["name"], found["interval"], self.exchange.t, data)
+                name, interval = self.names[found["name"]], found["interval"]
+                data = name.ticker_told.get(interval, "")
+                if not data:
+                    data = _numbers(self._ticker_data(name, self.exchange.t))
+                    self._ticker_line("first_ticker", name.name, interval, self.exchange.t, data)
                 self.exchange.send(session, _notification(channel, data))
             elif (found := PLAIN.match(channel)) and found["what"] == "incremental_ticker":
                 data = _numbers({"type": '"snapshot"'} | self._ticker_data(self.names[found["name"]], self.exchange.t))
