@@ -21,7 +21,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     with Fleet(tmp_path_factory.mktemp(request.param), request.param, rate=100) as fleet:
         fleet.start()
         fleet.wait_more("trades", 100)
-        fleet.wait_more("candles", 2)
+        if "candles" in fleet.feeds:
+            fleet.wait_more("candles", 2)
         fleet.clean = fleet.finish()  # type: ignore[attr-defined]
         yield fleet
 
@@ -96,6 +97,10 @@ SPOILT = {
 @pytest.mark.parametrize("what", SPOILT)
 def test_spoilt_tables_are_found(run: Fleet, tmp_path: Path, what: str) -> None:
     feed, change = SPOILT[what]
+    if feed not in run.feeds:
+        pytest.skip(f"one connection of {run.exchange} does not bring {feed}")
+    if what == "trade trade_seq" and all(row["trade_seq"] is None for row in run.rows("trades")):
+        pytest.skip(f"{run.exchange} merges trades, so rows have no counter")
     if what == "level action":  # rows of a snapshot are all NEW, so take one that is not
         found = spoil(run, tmp_path / "out", feed, lambda t: changed("action", t.num_rows - 3)(t))
     elif what == "level timestamp":  # a snapshot over HTTP has no time to compare

@@ -414,6 +414,10 @@ class Bybit(Venue):
             for stream in self.streams:
                 if stream.feed == "trades" and stream.name in wanted and (trades := self.trade_ids.get(stream.ticker)):
                     trades.doubt("resubscribed")
+                ticker = self._ticker_states.get(stream.ticker) if stream.feed == "tickers" else None
+                if ticker is not None and ticker.values is not None and stream.name in wanted:
+                    # What changed meanwhile is in no delta: the snapshot that comes now says it, or nothing does.
+                    ticker.values, ticker.waiting, ticker.hole = None, None, "resubscribed"
         self._ask("subscribe", names)
 
     def unsubscribe(self, names: Sequence[str]) -> None:
