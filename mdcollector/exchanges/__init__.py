@@ -21,7 +21,7 @@ import numpy as np
 from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, TRADE_IDS_KEPT, BookSync, FollowRule, TradeIds, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
-from mdcollector.records import INSTRUMENTS, Exchange
+from mdcollector.records import GAPS, INSTRUMENTS, Exchange
 
 # Types for wire structs: what is outside is refused while decoding, in the C core.
 Id = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -544,6 +544,28 @@ def _trades_left(emit: Emit) -> dict[str, tuple[int, list[tuple[int, int]]]]:
         holes = [(int(seen[i]) + 1, int(seen[i + 1]) - 1) for i in before[-HOLES_MAX:]]
         left[ring.tickers[code]] = int(seen[-1]), [(a, b) for a, b in holes if b - a < REPAIR_IDS_MAX]
     return left
+
+
+def trade_holes_left(emit: Emit, known: Mapping[str, Collection[bytes]]) -> dict[str, list[tuple[int, int]]]:
+    """Holes of trades that the ledger of an earlier life tells and never called repaired, per instrument.
+
+    For rows without a counter, which cannot show them; `known` ids were fetched before that life ended.
+    """
+    ring = emit.rings[GAPS.name]
+    standing: dict[tuple[int, int, int], bool] = {}
+    for feed, *place, repaired in zip(
+        *ring.recent_columns("feed", "ticker", "first_id", "last_id", "repaired"), strict=True
+    ):  # fmt: skip
+        code, first, last = map(int, place)
+        if feed == b"trades" and 0 <= first <= last < first + REPAIR_IDS_MAX:
+            standing[code, first, last] = not repaired
+    holes: dict[str, list[tuple[int, int]]] = {}
+    for (code, first, last), open_ in standing.items():
+        ticker = ring.tickers[code]
+        here = set(known.get(ticker, ()))
+        if open_ and not any(b"%d" % seq in here for seq in range(first, last + 1)):
+            holes.setdefault(ticker, []).append((first, last))
+    return {ticker: sorted(found)[-HOLES_MAX:] for ticker, found in holes.items()}
 
 
 def _trade_ids_left(emit: Emit) -> dict[str, tuple[list[bytes], int]]:

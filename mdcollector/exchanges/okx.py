@@ -38,6 +38,7 @@ from mdcollector.exchanges import (
     Stream,
     Venue,
     decode_body,
+    trade_holes_left,
 )
 from mdcollector.records import BUY, SELL, Exchange
 
@@ -351,10 +352,12 @@ class Okx(Venue):
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
         # Rows of merged trades have no counter, yet their ids are one.
+        known = {ticker: ids for ticker, (ids, _) in self._trade_ids_left.items()}
+        holes = trade_holes_left(emit, known)
         for ticker, (ids, _) in self._trade_ids_left.items():
             left = max((int(text) for text in ids if text.isdigit()), default=-1)
             if left > self._trades_left.get(ticker, (-1, []))[0]:
-                self._trades_left[ticker] = left, []
+                self._trades_left[ticker] = left, holes.get(ticker, [])
         self._trade_ids_left.clear()
         self._pending: dict[str, list[str]] = {}  # request id -> streams that are neither confirmed nor refused yet
         self._request_id = 0
