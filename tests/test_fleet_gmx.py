@@ -50,10 +50,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
         def make(*, sim: tuple[str, ...] = (), begun: bool = True, epoch: int = 0, **options: Any) -> Fleet:
             settings = {"poll_s": 1.0, "backfill": 100, "stale_s": 30, **options}
-            fleet = Fleet(
-                tmp_path / "gmx", "gmx", tickers=TICKERS, sim_tickers=SIM_TICKERS, feeds=FEEDS,
-                sim=("--epoch", str(epoch or epoch_us()), *sim), **settings,
-            )  # fmt: skip
+            names = {"tickers": TICKERS, "sim_tickers": SIM_TICKERS, "feeds": FEEDS}
+            sim = ("--epoch", str(epoch or epoch_us()), *sim)
+            fleet = Fleet(tmp_path / "gmx", "gmx", sim=sim, **{**names, **settings})
             stack.enter_context(fleet)
             return fleet.start() if begun else fleet
 
@@ -88,6 +87,16 @@ def candles(fleet: Fleet, **wanted: Any) -> list[dict[str, Any]]:
                 if all(row[key] == value for key, value in wanted.items()):
                     found.append(row)
         return found
+
+
+def tickers_of(fleet: Fleet) -> set[str]:
+    return {stream["ticker"] for stream in fleet.stats()["streams"].values()}
+
+
+def has_data(fleet: Fleet, ticker: str) -> bool:
+    """Every stream of a token is confirmed and brought rows since it was asked for."""
+    streams = [s for s in fleet.stats()["streams"].values() if s["ticker"] == ticker]
+    return bool(streams) and all(s["acknowledged_ns"] and s["data_ns"] > s["requested_ns"] for s in streams)
 
 
 def finish(fleet: Fleet, intervals: tuple[str, ...] = ("1m",)) -> Proof:
@@ -256,6 +265,35 @@ def test_it_stops_in_order_while_nobody_answers(start: Start) -> None:
     fleet.stop(fleet.connector, fleet.writer)
     assert (fleet.connector.returncode, fleet.writer.returncode) == (0, 0), fleet.tail()
     assert fleet.stats()["state"] == "stopped"
+
+
+# The list of tokens
+
+
+def test_the_list_of_tokens_is_followed_while_running(start: Start) -> None:
+    """F14. A new token is polled, one that is gone is left; listed again, it goes on where it ended: no row twice."""
+    fleet = start(tickers=["*", "!DOGE"], instruments_s=0.5)
+    for ticker in ("SOL", "DOGE"):
+        fleet.sim.fault("listing", ticker=ticker)
+    until(lambda: has_data(fleet, "SOL"), lambda: f"SOL is recorded; {fleet.brief()}")
+    fleet.sim.fault("delist", ticker="ETH")
+    until(lambda: "ETH" not in tickers_of(fleet), lambda: f"ETH is left; {fleet.brief()}")
+    told = len(candles(fleet, ticker="ETH"))
+    fleet.wait_more("tickers", 6)
+    assert len(candles(fleet, ticker="ETH")) == told, "nobody asks for it"
+    fleet.sim.fault("listing", ticker="ETH")
+    until(lambda: has_data(fleet, "ETH"), lambda: f"ETH is recorded again; {fleet.brief()}")
+    counters = fleet.stats()["counters"]
+    finish(fleet)
+    assert (counters["instruments_taken"], counters["instruments_left"]) == (2, 1)
+    assert not {name for name in counters if name.startswith("refused_")}, counters
+    rows = [(row["ticker"], row["active"]) for row in fleet.rows("instruments")]
+    assert sorted(rows[:3]) == [(ticker, True) for ticker in sorted(TICKERS)]
+    assert rows[3:] == [("SOL", True), ("ETH", False), ("ETH", True)]
+    assert {row["ticker"] for row in fleet.rows("tickers")} == {*TICKERS, "SOL"}
+    assert {(gap["feed"], gap["ticker"], gap["cause"]) for gap in fleet.rows("gaps")} == {
+        ("tickers", "ETH", "listing"), ("candles", "ETH", "listing"),
+    }  # fmt: skip
 
 
 # Without processes

@@ -1,4 +1,4 @@
-"""Instruments over time: what is listed, halted, delisted or changed while connectors run. Real processes, both venues.
+"""Instruments over time: what is listed, halted, delisted or changed while connectors run. Real processes.
 
 What the list really said is asked from the simulated exchange by plain HTTP and JSON, never from the code under test.
 """
@@ -15,7 +15,7 @@ from fleet import Fleet, mdcollector, until
 
 from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
-from mdcollector.exchanges import InstrumentInfo, Options, Selection, Stream
+from mdcollector.exchanges import InstrumentInfo, Options, Selection, Stream, venue_class
 from mdcollector.exchanges.binance import BinanceSpot
 from mdcollector.listing import Followed, Listing
 from mdcollector.records import Exchange
@@ -23,6 +23,10 @@ from mdcollector.records import Exchange
 LIST = {
     "binance_spot": "/api/v3/exchangeInfo",
     "binance_futures": "/fapi/v1/exchangeInfo",
+    "bybit_inverse": "/v5/market/instruments-info?category=inverse",
+    "bybit_linear": "/v5/market/instruments-info?category=linear",
+    "bybit_option": "/v5/market/instruments-info?category=option&baseCoin=BTC",
+    "bybit_spot": "/v5/market/instruments-info?category=spot",
     "coinbase": "/api/v3/brokerage/market/products?product_type=SPOT",
     "deribit": "/api/v2/public/get_instruments?currency=any&expired=false",
     "okx": "/api/v5/public/instruments?instType=SPOT",
@@ -32,6 +36,15 @@ FEEDS = ("trades", "orderbook_l2", "bbo")
 NAMES = {
     "binance_spot": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWBTC"),
     "binance_futures": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWBTC"),
+    "bybit_inverse": ("*USD", ("BTCUSD", "ETHUSD"), "NEWUSD", "NEWUSDZ26"),
+    "bybit_linear": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWPERP"),
+    "bybit_option": (  # all on one coin: one topic brings the trades of all of them
+        "BTC-*-C-USDT",
+        ("BTC-25DEC26-90000-C-USDT", "BTC-25DEC26-95000-C-USDT"),
+        "BTC-25DEC26-99000-C-USDT",
+        "BTC-25DEC26-90000-P-USDT",
+    ),
+    "bybit_spot": ("*USDT", ("BTCUSDT", "ETHUSDT"), "NEWUSDT", "NEWUSDC"),
     "coinbase": ("*-USD", ("BTC-USD", "ETH-USD"), "NEW-USD", "NEW-EUR"),
     "deribit": ("*-PERPETUAL", ("BTC-PERPETUAL", "ETH-PERPETUAL"), "NEW_USDC-PERPETUAL", "BTC-25DEC26"),
     "okx": ("*-USDT", ("BTC-USDT", "ETH-USDT"), "NEW-USDT", "NEW-BTC"),
@@ -49,7 +62,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             pattern, listed, _, _ = NAMES[exchange]
             sim_tickers = ",".join(f"{ticker}:1" for ticker in listed)
             every_s = {"deribit": 4.0, "okx": 3.0}.get(exchange, 0.5)  # the list costs more there
-            options = {"instruments_s": every_s, "feeds": FEEDS, "sim_tickers": sim_tickers, **options}
+            feeds = [feed for feed in FEEDS if feed in venue_class(exchange).FEEDS]
+            options = {"instruments_s": every_s, "feeds": feeds, "sim_tickers": sim_tickers, **options}
             return stack.enter_context(Fleet(tmp_path / exchange, exchange, tickers=[pattern], **options))
 
         yield make
@@ -65,6 +79,10 @@ def listed_by(fleet: Fleet) -> dict[str, dict[str, Any]]:
         rows = ((p["product_id"], p["status"] == "online", float(p["price_increment"])) for p in body["products"])
     elif fleet.exchange == "okx":
         rows = ((i["instId"], i["state"] == "live", float(i["tickSz"])) for i in body["data"])
+    elif fleet.exchange.startswith("bybit_"):
+        rows = (
+            (i["symbol"], i["status"] == "Trading", float(i["priceFilter"]["tickSize"])) for i in body["result"]["list"]
+        )
     else:
         rows = ((s["symbol"], s["status"] == "TRADING", float(s["filters"][0]["tickSize"])) for s in body["symbols"])
     return {ticker: {"active": active, "tick_size": tick_size} for ticker, active, tick_size in rows}

@@ -268,7 +268,6 @@ class Gmx(Venue):
         elif parts.path.endswith(_TICKERS):
             self._on_prices(body)
         elif parts.path.endswith(_TOKENS):
-            self._decimals = {token.address: token.decimals for token in _tokens(body)}
             self.take_instruments(url, body)
         elif parts.path.endswith(_IGNORED):
             return
@@ -277,6 +276,11 @@ class Gmx(Venue):
         if parts.path not in self._looked:
             self._looked.add(parts.path)
             self._look_for_new_fields(body)
+
+    def take_instruments(self, url: str, body: bytes) -> list[InstrumentInfo]:
+        """The list says too how the prices of each token are written: those of a new one can be read at once."""
+        self._decimals = {token.address: token.decimals for token in _tokens(body)}
+        return super().take_instruments(url, body)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
         reason = f"HTTP {status} {body[:100].decode(errors='replace')}"

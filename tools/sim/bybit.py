@@ -114,6 +114,7 @@ class _Category(Venue):
     has_candles: ClassVar[bool] = True
     merges_tickers: ClassVar[bool] = True
     has_liquidations: ClassVar[bool] = True
+    halted_status: ClassVar[str] = "Delivering"
     inverse: ClassVar[bool] = False
     intervals: ClassVar[dict[str, int]] = {name: minutes * MINUTE_US for name, minutes in MINUTES.items()}
     limits: ClassVar[dict[str, float]] = {
@@ -133,6 +134,7 @@ class _Category(Venue):
     def __init__(self, exchange: Exchange, limits: Mapping[str, float], credentials: Mapping[str, str]) -> None:
         super().__init__(exchange, limits, credentials)
         self.names = {ticker: _Name(book, self.depths) for ticker, book in exchange.market.books.items()}
+        self.left: dict[str, _Name] = {}  # as they were when they were delisted
         self.pushed = {self.default_depth}  # depths that somebody has ever wanted
         self.connects: dict[str, Window] = {}
         self.requests: dict[str, Window] = {}
@@ -150,7 +152,12 @@ class _Category(Venue):
         return {"last": name.depths[self.default_depth].u, "bids": bids, "asks": asks}
 
     def listed(self, book: Book, t: int) -> None:
-        self.names[book.instrument.ticker] = _Name(book, self.depths)
+        ticker = book.instrument.ticker
+        self.names[ticker] = self.left.pop(ticker, None) or _Name(book, self.depths)
+
+    def delisted(self, book: Book, t: int) -> None:
+        self.finish(t)
+        self.left[book.instrument.ticker] = self.names.pop(book.instrument.ticker)
 
     # The market put into words.
 
@@ -634,7 +641,8 @@ class _Category(Venue):
 
     def _instruments(self, query: Mapping[str, str]) -> Reply:
         """Pages by cursor; spot has one page only, and options come one base coin at a time."""
-        rows = [_instrument_words(name, self.category) for name in self.names.values()]
+        rows = [self._instrument_words(name.instrument) for name in self.names.values()]
+        rows += [self._instrument_words(i) | {"status": self.halted_status} for i in self.exchange.halted.values()]
         if self.category == "option":
             rows = [row for row in rows if row["baseCoin"] == query.get("baseCoin", "BTC")]
         first, size = 0, len(rows)
@@ -644,6 +652,31 @@ class _Category(Venue):
         page, end = rows[first : first + size], first + size
         cursor = f"{first}%2C{end}" if end < len(rows) else ""
         return self._answer(0, "OK", {"category": self.category, "nextPageCursor": cursor, "list": page})
+
+    def _instrument_words(self, instrument: Instrument) -> dict[str, Any]:
+        facts, category, step = instrument.facts, self.category, plain(instrument.lot, instrument.qty_scale)
+        tick = plain(instrument.tick, instrument.price_scale + self.exchange.finer[instrument.ticker])
+        words: dict[str, Any] = {
+            "symbol": instrument.ticker, "status": "Trading", "baseCoin": instrument.base, "quoteCoin": instrument.quote,
+            "priceFilter": {"minPrice": tick, "maxPrice": "1999999.80", "tickSize": tick},
+        }  # fmt: skip
+        if category == "spot":
+            lot = {"basePrecision": step, "quotePrecision": "0.0000001", "minOrderQty": step, "maxOrderQty": "71.7"}
+            return words | {"marginTrading": "utaOnly", "innovation": "0", "lotSizeFilter": lot}
+        words |= {
+            "settleCoin": instrument.quote if category != "inverse" else instrument.base,
+            "launchTime": "1584230400000",
+        }
+        words |= {
+            "deliveryTime": str(_expiry_ms(str(facts["expiry"]))) if facts["expiry"] else "0",
+            "deliveryFeeRate": "",
+        }
+        words |= {"lotSizeFilter": {"maxOrderQty": "1190.000", "minOrderQty": step, "qtyStep": step}}
+        if category == "option":
+            return words | {"optionsType": "Call" if "-C" in instrument.ticker else "Put"}
+        kind = "Futures" if facts["expiry"] else "Perpetual"
+        return words | {"contractType": f"{category.capitalize()}{kind}", "fundingInterval": 480, "isPreListing": False,
+                        "preListingInfo": None, "priceScale": str(instrument.price_scale)}  # fmt: skip
 
     def _recent(self, name: _Name, query: Mapping[str, str]) -> Reply:
         most = min(int(query.get("limit", "60" if self.category == "spot" else "500")), self.recent_max)
@@ -689,29 +722,6 @@ def _volumes(name: _Name, candle: Candle, inverse: bool) -> tuple[str, str]:
     return volume, plain(value, instrument.price_scale + instrument.qty_scale)
 
 
-def _instrument_words(name: _Name, category: str) -> dict[str, Any]:
-    instrument, facts = name.instrument, name.instrument.facts
-    step, tick = plain(instrument.lot, instrument.qty_scale), plain(instrument.tick, instrument.price_scale)
-    words: dict[str, Any] = {
-        "symbol": instrument.ticker, "status": "Trading", "baseCoin": instrument.base, "quoteCoin": instrument.quote,
-        "priceFilter": {"minPrice": tick, "maxPrice": "1999999.80", "tickSize": tick},
-    }  # fmt: skip
-    if category == "spot":
-        lot = {"basePrecision": step, "quotePrecision": "0.0000001", "minOrderQty": step, "maxOrderQty": "71.7"}
-        return words | {"marginTrading": "utaOnly", "innovation": "0", "lotSizeFilter": lot}
-    words |= {
-        "settleCoin": instrument.quote if category != "inverse" else instrument.base,
-        "launchTime": "1584230400000",
-    }
-    words |= {"deliveryTime": str(_expiry_ms(str(facts["expiry"]))) if facts["expiry"] else "0", "deliveryFeeRate": ""}
-    words |= {"lotSizeFilter": {"maxOrderQty": "1190.000", "minOrderQty": step, "qtyStep": step}}
-    if category == "option":
-        return words | {"optionsType": "Call" if "-C" in instrument.ticker else "Put"}
-    kind = "Futures" if facts["expiry"] else "Perpetual"
-    return words | {"contractType": f"{category.capitalize()}{kind}", "fundingInterval": 480, "isPreListing": False,
-                    "preListingInfo": None, "priceScale": str(instrument.price_scale)}  # fmt: skip
-
-
 def _expiry_ms(day: str) -> int:
     """08:00 UTC of a day written like 25DEC26."""
     return int(datetime.strptime(day, "%d%b%y").replace(hour=8, tzinfo=UTC).timestamp() * 1000)
@@ -726,6 +736,7 @@ class BybitSpot(_Category):
     ticker_ms = 50
     merges_tickers = False
     has_liquidations = False
+    halted_status = "Closed"
     dialect: ClassVar[Dialect] = _dialect(BASE_WORDS, 200)
     notes: ClassVar[str] = (
         "/v5/public/spot, GET /v5/market/{time,instruments-info,recent-trade,orderbook,kline}?category=spot; orderbook"

@@ -83,7 +83,14 @@ class Gmx(PolledVenue):
         return {"last": 0, "bids": [], "asks": []}  # none is published
 
     def listed(self, book: Book, t: int) -> None:
-        self._begin_token(book, t)
+        if (book.instrument.ticker, next(iter(INTERVALS))) in self.closed:
+            self._price(book, t)  # listed again: its candles go on
+        else:
+            self._begin_token(book, t)
+
+    def delisted(self, book: Book, t: int) -> None:
+        """The list knows no states: what is halted is not in it either."""
+        del self.prices[book.instrument.ticker]
 
     # The market put into words.
 
@@ -235,7 +242,7 @@ class Gmx(PolledVenue):
 
     def _candles(self, query: Mapping[str, str]) -> Reply:
         ticker, interval, limit = query.get("tokenSymbol", ""), query.get("period", ""), query.get("limit", "")
-        if (ticker, interval) not in self.closed:
+        if ticker not in self.prices or interval not in INTERVALS:
             return Reply(_json({"error": f"no candles of {ticker!r} {interval!r}"}), 400)
         count = int(limit) if limit.isdecimal() else LIMIT_DEFAULT
         if not 1 <= count <= LIMIT_MAX:
