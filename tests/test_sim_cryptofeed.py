@@ -182,6 +182,32 @@ def test_okx_trades_and_books_equal_the_ledger(python: Path, certificates: dict[
         assert check_books(books, ledger, ticker, "books") == len(books) > 20
 
 
+@pytest.mark.parametrize(
+    ("category", "tickers"),
+    [
+        ("linear", {"BTC-USDT-PERP": "BTCUSDT", "ETH-USDC-PERP": "ETHPERP", "BTC-USDC-26Z25": "BTC-25DEC26"}),
+        ("spot", {"BTC-USDT": "BTCUSDT", "SOL-USDC": "SOLUSDC"}),
+    ],
+)
+def test_bybit_trades_and_books_equal_the_ledger(
+    python: Path, certificates: dict[str, str], tmp_path: Path, category: str, tickers: dict[str, str]
+) -> None:
+    """The library looks at no `u` and sends no ping; of two categories it knows nothing (inverse, option). It asks for
+    both lists of symbols at once, which one simulated category does not have, so it is pointed to one of them."""
+    tls = ("--tls-cert", certificates["cert"], "--tls-key", certificates["key"])
+    market = ("--rate", "150", "--tickers", ",".join(f"{ticker}:1" for ticker in tickers.values()))
+    with SimProcess(f"bybit_{category}", *market, *tls, ledger=tmp_path / "l") as sim:
+        names, rows = received(python, f"BYBIT_{category.upper()}", sim, list(tickers), certificates["ca"], tmp_path)
+        sim.stop()
+    ledger = sim.ledger()
+    assert {symbol: name.replace("/", "") for symbol, name in names.items()} == tickers
+    for symbol, ticker in tickers.items():
+        mine = [row for row in rows if row["symbol"] == symbol]
+        check_trades([row for row in mine if row["kind"] == "trade"], ledger.trades(ticker))
+        books = [row for row in mine if row["kind"] == "book"]
+        assert check_books(books, ledger, ticker, "orderbook.200") == len(books) > 20
+
+
 def test_coinbase_trades_and_bids_equal_the_ledger(python: Path, certificates: dict[str, str], tmp_path: Path) -> None:
     """What this client gets wrong of the venue's words: it takes the side of a trade, the maker's, for the taker's; it
     looks for `ask` in the snapshot, where the venue says `offer`, so asks appear as they change; and it asks for a

@@ -153,7 +153,7 @@ class _Category(Venue):
 
     def listed(self, book: Book, t: int) -> None:
         ticker = book.instrument.ticker
-        self.names[ticker] = self.left.pop(ticker, None) or _Name(book, self.depths)
+        self.names[ticker] = self.left.pop(ticker) if ticker in self.left else _Name(book, self.depths)
 
     def delisted(self, book: Book, t: int) -> None:
         self.finish(t)
