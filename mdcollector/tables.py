@@ -47,8 +47,6 @@ _ACTION_INDEX = np.full(256, len(Action), dtype=np.int32)  # by the number in th
 _ACTION_INDEX[[int(action) for action in Action]] = np.arange(len(Action))
 _BLOCK_ROWS = 4096  # turned into columns at once: 512 KB of rows stay in the second cache (22 against 30 ns a row)
 _BUFFER_ROWS_MIN = 4096
-_DIGITS = np.array([f"{i:04d}" for i in range(10_000)], dtype="S4").view("<u4")  # four decimal digits at a time
-_POWERS = 10 ** np.arange(1, 19, dtype=np.int64)
 
 
 def arrow_schema(feed: Feed) -> pa.Schema:
@@ -219,26 +217,9 @@ def _text(values: Values) -> pa.Array:
 
 
 def _decimals(values: Values) -> pa.Array:
-    """Counters as decimal text, -1 (no counter) as an empty one; five times faster than a cast by Arrow."""
-    if not len(values) or values.min() < 0:
-        return pc.if_else(pa.array(values == -1), "", pa.array(values).cast(pa.string()))
-    fewest, most = (len(str(value)) for value in (values.min(), values.max()))
-    groups = -(-most // 4)
-    digits = np.empty((len(values), groups), dtype="<u4")
-    rest = values
-    for group in range(groups - 1, -1, -1):
-        higher = rest // 10_000
-        digits[:, group] = _DIGITS[rest - higher * 10_000]
-        rest = higher
-    text = digits.view("u1")
-    if fewest == most:
-        data = np.ascontiguousarray(text[:, 4 * groups - most :])
-        offsets = np.arange(0, most * len(values) + 1, most, dtype=np.int32)
-    else:
-        lengths = np.searchsorted(_POWERS, values, side="right") + 1
-        data = text[np.arange(4 * groups) >= 4 * groups - lengths[:, None]]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.Array.from_buffers(pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    """Counters as decimal text, -1 (no counter) as an empty one."""
+    text = pa.array(values).cast(pa.string())
+    return pc.if_else(pa.array(values >= 0), text, "") if len(values) and values.min() < 0 else text
 
 
 def clickhouse_ddl(feed: Feed, *, table: str | None = None) -> str:
