@@ -234,7 +234,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
 
     from mdcollector import config
     from mdcollector import supervisor as processes
-    from mdcollector.supervisor import Supervisor, balance
+    from mdcollector.supervisor import Supervisor, balance, unread
 
     fleet = config.load(config_path)
     logs.identify("supervisor")
@@ -258,12 +258,14 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
     supervisor.run(lambda: stop.is_set() or time.monotonic() > deadline, show_progress)
     supervisor.close()
     rows, idle = balance(supervisor.rings, list(fleet.writers)), supervisor.idle()
+    passed_over = unread(supervisor.rings, list(fleet.writers))
     lost = sum(row.missing + row.lapped + row.damaged for row in rows)
     refused = [c.name for c in supervisor.children if c.last_exit == EXIT_CONFIG]
     if as_json:
         import msgspec
 
-        click.echo(json.dumps({"rings": msgspec.to_builtins(rows), "lost": lost, "idle": idle, "refused": refused}))
+        found = {"lost": lost, "idle": idle, "refused": refused, "unread": passed_over}
+        click.echo(json.dumps({"rings": msgspec.to_builtins(rows), **found}))
     else:
         from rich.table import Table
 
@@ -279,11 +281,13 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
         if lost:
             kept = sum(row.missing for row in rows)
             click.echo(f"{lost:,} rows were not written" + (f"; {kept:,} of them wait in the rings" if kept else ""))
-        elif len(idle) < len(supervisor.connectors):
+        for ring, why in passed_over.items():
+            click.echo(f"{ring}: not written, its rows are not counted: {why}")
+        if not (lost or passed_over) and len(idle) < len(supervisor.connectors):
             click.echo("every row that went in was written")
     if refused:
         return EXIT_CONFIG
-    return EXIT_FINDINGS if lost or idle else EXIT_DONE
+    return EXIT_FINDINGS if lost or idle or passed_over else EXIT_DONE
 
 
 @main.command()

@@ -4,7 +4,10 @@ Read by the processes and commands; knows the shape of the file, not the venues 
 `supervisor.check`). Credentials come from the environment or from a file that only its owner can read.
 """
 
+import fnmatch
+import itertools
 import os
+import pkgutil
 import re
 import stat
 import tomllib
@@ -106,6 +109,11 @@ class FleetConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 Section = TypeVar("Section", ConnectorConfig, ArbiterConfig, WriterConfig, MonitorConfig)
 
 
+def sink_kinds() -> list[str]:
+    """Names of the sinks that are installed: the modules of `mdcollector/sinks`, which need not be loaded for it."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("sinks"))]))
+
+
 def load(path: Path) -> FleetConfig:
     """Read and check a fleet file; relative paths in it are relative to the file. ConfigError says what is wrong."""
     try:
@@ -128,6 +136,7 @@ def load(path: Path) -> FleetConfig:
         check_connector(f"{path}: connectors.{name}", connector)
         connector.credentials_file = _below(path, connector.credentials_file)
         connector.ca_file = _below(path, connector.ca_file)
+    _check_names(path, fleet)
     for name, arbiter in fleet.arbiters.items():
         _check_arbiter(f"{path}: arbiters.{name}", name, arbiter, fleet.connectors)
     for name, writer in fleet.writers.items():
@@ -136,8 +145,13 @@ def load(path: Path) -> FleetConfig:
         _check_cpu(f"{where}.cpu", writer.cpu)
         _check_range(f"{where}.roll_rows", writer.roll_rows, 1, 100_000_000)
         _check_range(f"{where}.roll_s", writer.roll_s, 0.1, 86_400)
+        if not writer.out:
+            raise ConfigError(f"{where}.out is empty: expected where the tables go")
         if "://" not in writer.out:
             writer.out = str(path.parent / writer.out)
+        if writer.sink not in sink_kinds():
+            raise ConfigError(f"{where}.sink = {writer.sink!r}: not known; there are {', '.join(sink_kinds())}")
+    _check_drains(path, fleet)
     fleet.monitor = _section(f"{path}: monitor", raw.get("monitor", {}), MonitorConfig)
     check_monitor(f"{path}: monitor", fleet.monitor)
     fleet.monitor.csv = _below(path, fleet.monitor.csv)
@@ -259,8 +273,6 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
 def _check_arbiter(where: str, name: str, arbiter: ArbiterConfig, connectors: Mapping[str, ConnectorConfig]) -> None:
     """Legs that exist, that say the same, and feeds that all of them have; fills in `feeds`."""
     known = ", ".join(connectors) or "none"
-    if name in connectors:
-        raise ConfigError(f"{where}: a connector has this name, and so its rings; choose another one")
     if len(arbiter.legs) < 2 or len(set(arbiter.legs)) < len(arbiter.legs):
         raise ConfigError(f"{where}.legs = {arbiter.legs!r}: expected two or more different connectors of {known}")
     legs = []
@@ -280,6 +292,44 @@ def _check_arbiter(where: str, name: str, arbiter: ArbiterConfig, connectors: Ma
     _check_cpu(f"{where}.cpu", arbiter.cpu)
     _check_capacity(where, arbiter.capacity)
     _check_range(f"{where}.wait_ms", arbiter.wait_ms, 0, 10_000)
+
+
+def _check_names(path: Path, fleet: FleetConfig) -> None:
+    """Each process has a name of its own, also the connections NAME.1, NAME.2, ... of a connector."""
+    seen: dict[str, str] = {}
+    for kind in ("connectors", "arbiters", "writers"):
+        for name in getattr(fleet, kind):
+            if name in seen:
+                raise ConfigError(f"{path}: {kind}.{name}: {seen[name]} has this name too; choose another one")
+            seen[name] = f"{kind}.{name}"
+    for name, where in seen.items():
+        before, _, number = name.rpartition(".")
+        if before in fleet.connectors and number.isdecimal():
+            raise ConfigError(f"{path}: {where}: connectors.{before} calls its connections so; choose another name")
+
+
+def _check_drains(path: Path, fleet: FleetConfig) -> None:
+    """A writer has something to drain, and a stream one writer for each place it goes to."""
+    names = [*fleet.connectors, *fleet.arbiters]
+    owners: dict[tuple[str, str, str, str], str] = {}  # sink, out, connector, feed -> writer
+    for writer, settings in fleet.writers.items():
+        drained: list[str] = []
+        for pattern in settings.connectors if names else ():
+            # A connector may need several connections: NAME.1 is one of them, NAME.* all.
+            found = [pattern] if pattern.rpartition(".")[0] in names else fnmatch.filter(names, pattern)
+            if not found:
+                raise ConfigError(
+                    f"{path}: writers.{writer}.connectors = {pattern!r}: fits none; there are {', '.join(names)}"
+                )
+            drained += found
+        feeds = {feed for pattern in settings.feeds for feed in fnmatch.filter(FEEDS, pattern)}
+        for name, feed in itertools.product(drained, feeds):
+            key = settings.sink, os.path.normpath(settings.out), name, feed
+            if (other := owners.setdefault(key, writer)) != writer:
+                raise ConfigError(
+                    f"{path}: writers.{writer}: {other} puts {feed} of {name} into {settings.out} too; "
+                    "a stream has one writer in a place"
+                )
 
 
 def _check_capacity(where: str, capacity: Mapping[str, int]) -> None:

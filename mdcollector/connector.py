@@ -640,6 +640,9 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
     if settings.trade_channel and settings.trade_channel not in kind.TRADE_CHANNELS:
         choice = ", ".join(kind.TRADE_CHANNELS) or "none to choose"
         raise ConfigError(f"trade_channel: {settings.trade_channel!r} not offered by {kind.NAME}; it has {choice}")
+    if settings.book_interval and settings.book_interval not in kind.BOOK_INTERVALS:
+        choice = ", ".join(kind.BOOK_INTERVALS) or "none to choose"
+        raise ConfigError(f"book_interval: {settings.book_interval!r} not offered by {kind.NAME}; it has {choice}")
     if settings.book_depth > kind.BOOK_DEPTH_MAX:
         most = kind.BOOK_DEPTH_MAX
         allowed = f"0 to {most}" if most else "0: its books always come whole"

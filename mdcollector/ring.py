@@ -64,6 +64,7 @@ _SEALS_AT = _INSTRUMENTS_AT + INSTRUMENTS_MAX * _INSTRUMENT_SIZE
 _SEAL = struct.Struct("<QII")  # row behind the last one covered, CRC32, check word over both
 _SEAL_SALT = 0x5EA1
 _READ_RETRIES_MAX = 1000
+_EPOCH_MAX = 1 << 62
 _LOCK_WAIT_S = 0.3
 # ISA-L leaves the upper halves of the vector registers in use, and every copy of 16 to 31 bytes in the process takes
 # 140 ns longer from then on: 0.3 us a trade. A vector loop of numpy gives them back as it ends.
@@ -204,6 +205,7 @@ class _Files:
         for name, offset, most in (
             ("instruments", _INSTRUMENT_COUNT, INSTRUMENTS_MAX),
             ("epochs", _EPOCH_COUNT, 1 << 40),
+            ("ms since 1970 in the epoch", _EPOCH, _EPOCH_MAX),
         ):
             if not 0 <= self.get(offset) <= most:
                 raise RingError(f"{self.meta_path}: impossible number of {name}: {self.get(offset)}")
@@ -579,10 +581,14 @@ class RingReader:
     def epochs(self) -> list[tuple[int, int, int]]:
         """(epoch, first row, start time in ns) of the lives this ring still knows, oldest first."""
         count = self._files.get(_EPOCH_COUNT)
-        return [
+        lives = [
             _EPOCH_ENTRY.unpack_from(self._files.meta, _EPOCHS_AT + i % EPOCHS_KEPT * _EPOCH_ENTRY.size)
             for i in range(max(0, count - EPOCHS_KEPT), count)
         ]
+        for epoch, first, _ in lives:  # they become names of files
+            if not (0 <= epoch <= _EPOCH_MAX and first >= 0):
+                raise RingError(f"{self.path}: impossible life: epoch {epoch} from row {first}")
+        return lives
 
     @property
     def is_open(self) -> bool:

@@ -367,6 +367,15 @@ def balance(rings: Path, writers: Sequence[str]) -> list[Balance]:
     return found
 
 
+def unread(rings: Path, writers: Sequence[str]) -> dict[str, str]:
+    """Rings that one of these writers could not read, so nobody counted their rows, and why."""
+    return {
+        ring: why
+        for writer in writers
+        for ring, why in read_stats(rings / "_writers" / writer / "stats")["refused"].items()
+    }
+
+
 def status(rings: Path) -> dict[str, Any]:
     """Everything the stats pages and ring headers say: each kind of process, and what cannot be read."""
     found: dict[str, Any] = {"connectors": {}, "arbiters": {}, "writers": {}, "supervisor": None, "problems": []}

@@ -69,11 +69,13 @@ class Report:
     """What a writer leaves behind when it stops."""
 
     streams: list[StreamReport]
+    refused: dict[str, str]  # rings that could not be read, and why
 
     @property
     def complete(self) -> bool:
-        """Every row that was read is written, nothing is left in a ring, nothing was lost."""
-        return all(s.rows_read == s.rows_written and not (s.rows_left or s.lapped or s.damaged) for s in self.streams)
+        """Every ring could be read, every row that was read is written, nothing is left in a ring, nothing was lost."""
+        whole = (s.rows_read == s.rows_written and not (s.rows_left or s.lapped or s.damaged) for s in self.streams)
+        return not self.refused and all(whole)
 
 
 _EVERY = 16
@@ -499,6 +501,7 @@ class Writer:
                 self._refuse(path, error)  # what is already being drained must not stop for a late conflict
             except (RingError, OSError) as error:
                 self._refuse(path, error)
+        self._refused = {path: why for path, why in self._refused.items() if Path(path).exists()}
         self._started = True
 
     def _refuse(self, path: Path, error: Exception) -> None:
@@ -553,7 +556,7 @@ class Writer:
         for drain in self._drains.values():
             drain.close()
         self._drains.clear()
-        return Report(reports)
+        return Report(reports, self._refused)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -998,7 +998,7 @@ tickers = ["BTC-PERPETUAL"]
         ('[arbiters.m]\nlegs = ["a"]', "legs = ['a']: expected two or more"),
         ('[arbiters.m]\nlegs = ["a", "c"]', "legs = 'c': no such connector; there are a, b, d"),
         ('[arbiters.m]\nlegs = ["a", "d"]', "different exchanges (binance_spot, deribit)"),
-        ('[arbiters.a]\nlegs = ["a", "b"]', "a connector has this name"),
+        ('[arbiters.a]\nlegs = ["a", "b"]', "connectors.a has this name too"),
         ('[arbiters.m]\nlegs = ["a", "b"]\nfeeds = ["bbo"]', "feeds = 'bbo': no such feed; allowed are trades"),
         (
             '[arbiters.m]\nlegs = ["a", "b"]\ncapacity = {trades = 1000}',

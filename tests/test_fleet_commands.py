@@ -224,6 +224,8 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "capacity of no feed": ({"capacity": {"quotes": 1024}}, ["connectors.conn.capacity", "'quotes'", "trades"]),
     "no such cpu": ({"cpu": 4096}, ["connectors.conn.cpu", "4096", "allowed are 0"]),
     "unknown trade channel": ({"trade_channel": "fills"}, ["connectors.conn", "trade_channel", "'fills'", "binance_spot"]),
+    "unknown book interval": ({"exchange": "deribit", "book_interval": "10s"}, ["connectors.conn", "book_interval", "'10s'", "raw, 100ms"]),
+    "no book interval to choose": ({"book_interval": "100ms"}, ["connectors.conn", "book_interval", "none to choose"]),
     "unknown interval": ({"feeds": ["candles"], "intervals": ["7m"]}, ["connectors.conn", "intervals", "7m", "1m, 3m, 5m"]),
 }  # fmt: skip
 
@@ -240,6 +242,9 @@ def test_wrong_configuration_names_file_key_value_and_what_is_allowed(tmp_path: 
         assert text in done.stderr, done.stderr
 
 
+CONN = "[connectors.conn]\nexchange = 'binance_spot'\ntickers = ['BTCUSDT']\n"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -252,6 +257,18 @@ def test_wrong_configuration_names_file_key_value_and_what_is_allowed(tmp_path: 
         ("[writers.w]\nout = 'o'\nroll_s = 0.0", "writers.w.roll_s = 0.0: allowed is 0.1 to 86400"),
         ("[writers.w]\nout = 'o'\nfeeds = ['quotes']", "no such feed"),
         ("", "nothing to collect"),
+        ("[writers.w]\nout = ''", "writers.w.out is empty"),
+        ("[writers.w]\nout = 'o'\nsink = 'kafak'", "writers.w.sink = 'kafak': not known; there are"),
+        (
+            f"{CONN}[writers.w]\nout = 'o'\nconnectors = ['con']",
+            "writers.w.connectors = 'con': fits none; there are conn",
+        ),
+        (
+            f"{CONN}[writers.w]\nout = 'o'\n[writers.v]\nout = './o'\nfeeds = ['tr*']",
+            "writers.v: w puts trades of conn",
+        ),
+        (f"{CONN}[writers.conn]\nout = 'o'", "writers.conn: connectors.conn has this name too"),
+        (f"{CONN}[writers.'conn.2']\nout = 'o'", "writers.conn.2: connectors.conn calls its connections so"),
     ],
 )
 def test_a_file_that_is_no_fleet(tmp_path: Path, text: str, expected: str) -> None:
@@ -262,6 +279,17 @@ def test_a_file_that_is_no_fleet(tmp_path: Path, text: str, expected: str) -> No
     assert str(path) in done.stderr
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_writers_may_share_a_place_when_no_stream_is_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(
+        f"{CONN}[connectors.more]\nexchange = 'deribit'\ntickers = ['BTC-PERPETUAL']\n"
+        "[writers.a]\nout = 'o'\nconnectors = ['conn.1']\n[writers.b]\nout = 'o'\nconnectors = ['conn.2', 'mo*']\n"
+        "[writers.c]\nout = 'p'\nfeeds = ['trades']\n[writers.d]\nout = 'p'\nfeeds = ['bbo']\n"
+    )
+    done = mdcollector("check", "-c", path, "--offline")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_names_that_are_not_there(tmp_path: Path) -> None:

@@ -428,6 +428,9 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "too many instruments": (
         lambda meta, data: patch(meta, INSTRUMENT_COUNT, word(INSTRUMENTS_MAX + 1)), r"impossible number of instruments",
     ),
+    "epoch at the end of time": (
+        lambda meta, data: patch(meta, 8472, word((1 << 63) - 1)), r"impossible number of ms since 1970 in the epoch",
+    ),
     "negative epochs": (lambda meta, data: patch(meta, 8512, word(-1)), r"impossible number of epochs"),
 }  # fmt: skip
 
@@ -451,6 +454,12 @@ def test_a_description_that_is_no_description_is_refused(made: Path) -> None:
         patch(made / "trades.meta", 64, text)
         with pytest.raises(RingError, match=said):
             RingReader(made, "trades")
+
+
+def test_an_impossible_life_becomes_no_name_of_a_file(made: Path) -> None:
+    patch(made / "trades.meta", 12288, word(-7))
+    with RingReader(made, "trades") as reader, pytest.raises(RingError, match="impossible life: epoch -7 from row 0"):
+        assert reader.epochs
 
 
 def test_a_damaged_instrument_table_is_refused(made: Path) -> None:

@@ -16,10 +16,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from mdcollector.config import sink_kinds
 from mdcollector.errors import ConfigError, StorageError
 from mdcollector.records import FEEDS, TRADES, Action, Flag
 from mdcollector.ring import RingReader, RingWriter
-from mdcollector.sinks import open_sink, sink_kinds
+from mdcollector.sinks import open_sink
 from mdcollector.sinks.parquet import ParquetSink
 from mdcollector.stats import read_stats
 from mdcollector.verify import verify
@@ -526,7 +527,9 @@ def test_a_broken_ring_is_reported_and_the_others_are_drained(tmp_path: Path) ->
     refused = read_stats(rings / "_writers/test/stats")["refused"]
     assert sorted(Path(path).parent.name for path in refused) == ["cut", "garbage"]
     assert "truncated" in refused[str(rings / "cut" / "trades.meta")]
-    assert [s.connector for s in writer.finish().streams] == ["good"]
+    report = writer.finish()
+    assert [s.connector for s in report.streams] == ["good"]
+    assert not report.complete, "nobody knows what was in the others"
 
 
 def test_the_stats_page_says_where_every_stream_stands(tmp_path: Path) -> None:

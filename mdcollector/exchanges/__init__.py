@@ -122,7 +122,7 @@ class Options(msgspec.Struct, kw_only=True):
     backfill: int = 1000  # closed candles of each interval that are fetched at the start, where the venue is polled
     poll_s: float = 0.0  # between two requests for the same thing, where the venue is polled; 0 = the venue's default
     late_s: float = 120.0  # an answer of a polled venue that is older is not believed to be the newest; 0 = any age
-    book_interval: str = ""  # "" = the venue's default
+    book_interval: str = ""  # one of BOOK_INTERVALS; "" = the venue's default
     trade_channel: str = ""  # one of TRADE_CHANNELS; "" = the first
     credentials: Mapping[str, str] = msgspec.field(default_factory=dict)
 
@@ -163,6 +163,7 @@ class Venue(ABC):
     LIMITS: ClassVar[Limits]
     INTERVALS: ClassVar[tuple[str, ...]] = ()  # of candles
     BOOK_DEPTH_MAX: ClassVar[int] = 5000  # levels of a snapshot that may be asked for; 0 = a book always comes whole
+    BOOK_INTERVALS: ClassVar[tuple[str, ...]] = ()  # of book messages, where the configuration may choose
     TRADE_CHANNELS: ClassVar[tuple[str, ...]] = ()  # where the configuration may choose, the default first
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {}  # sent with every request
     PREFIX: ClassVar[bytes] = b""  # how a frame of a stream begins, up to what tells the stream

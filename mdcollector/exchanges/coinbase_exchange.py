@@ -224,6 +224,7 @@ class CoinbaseExchange(Venue):
     NAME = "coinbase_exchange"
     EXCHANGE = Exchange.COINBASE_EXCHANGE
     FEEDS = ("trades", "orderbook_l2", "bbo", "tickers")
+    BOOK_INTERVALS = ("raw", "50ms")
     WS_URL = "wss://ws-feed.exchange.coinbase.com"
     REST_URL = "https://api.exchange.coinbase.com"
     PREFIX = b'{"type":"'

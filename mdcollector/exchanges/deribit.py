@@ -250,6 +250,7 @@ class Deribit(Venue):
     FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
     INTERVALS = tuple(_RESOLUTIONS)
     BOOK_DEPTH_MAX = 0
+    BOOK_INTERVALS = ("raw", "100ms", "agg2")
     WS_URL = "wss://www.deribit.com"
     REST_URL = "https://www.deribit.com"
     PREFIX = b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"'

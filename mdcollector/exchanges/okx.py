@@ -335,6 +335,7 @@ class Okx(Venue):
     FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles", "liquidations")
     INTERVALS = tuple(_BARS)
     TRADE_CHANNELS = ("trades", "trades-all")
+    BOOK_INTERVALS = ("10ms", "100ms")
     WS_URL = "wss://ws.okx.com:8443"
     REST_URL = "https://www.okx.com"
     PREFIX = b'{"arg":{'

@@ -7,7 +7,6 @@ A module `mdcollector/sinks/<kind>.py` is found by its name and gives `open_sink
 
 import datetime
 import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -15,6 +14,7 @@ from typing import Protocol, cast
 import numpy as np
 import pyarrow as pa
 
+from mdcollector.config import sink_kinds
 from mdcollector.errors import ConfigError
 from mdcollector.records import GAPS, Feed
 from mdcollector.tables import ColumnBuffer, Rows
@@ -110,11 +110,6 @@ class Sink(Protocol):
 
     def close(self, stream: Stream) -> None:
         """Let others write this stream."""
-
-
-def sink_kinds() -> list[str]:
-    """Names of the sinks that are installed."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def open_sink(kind: str, target: str, options: Mapping[str, str] | None = None) -> Sink:
