@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mdcollector import logs
-from mdcollector.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FINDINGS, ConfigError, RingError, StorageError
+from mdcollector.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_FINDINGS,
+    ConfigError,
+    Disconnected,
+    RateLimited,
+    RingError,
+    StorageError,
+)
 from mdcollector.options import Finite
 
 if TYPE_CHECKING:
@@ -57,7 +66,7 @@ class Commands(click.Group):
         except (ConfigError, RingError) as error:
             click.echo(f"mdcollector: {error}", err=True)
             ctx.exit(EXIT_CONFIG)
-        except StorageError as error:
+        except (StorageError, Disconnected, RateLimited) as error:
             click.echo(f"mdcollector: {error}", err=True)
             ctx.exit(EXIT_FINDINGS)
 
@@ -260,7 +269,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
     rows, idle = balance(supervisor.rings, list(fleet.writers)), supervisor.idle()
     passed_over = unread(supervisor.rings, list(fleet.writers))
     lost = sum(row.missing + row.lapped + row.damaged for row in rows)
-    refused = [c.name for c in supervisor.children if c.last_exit == EXIT_CONFIG]
+    refused = [*supervisor.refused, *(c.name for c in supervisor.children if c.last_exit == EXIT_CONFIG)]
     if as_json:
         import msgspec
 
@@ -283,7 +292,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
             click.echo(f"{lost:,} rows were not written" + (f"; {kept:,} of them wait in the rings" if kept else ""))
         for ring, why in passed_over.items():
             click.echo(f"{ring}: not written, its rows are not counted: {why}")
-        if not (lost or passed_over) and len(idle) < len(supervisor.connectors):
+        if not (lost or passed_over) and any(child.name not in idle for child in supervisor.connectors):
             click.echo("every row that went in was written")
     if refused:
         return EXIT_CONFIG

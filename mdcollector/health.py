@@ -191,6 +191,8 @@ def _writer(name: str, page: Page, before: Page | None) -> Iterator[Finding]:
 
 def _supervised(page: Page, before: Page | None) -> Iterator[Finding]:
     earlier = (before or {}).get("processes") or {}
+    for name, why in (page.get("waiting") or {}).items():
+        yield Finding("disconnected", name, f"not begun yet, {why or 'its list of instruments is asked for'}")
     for name, process in (page.get("processes") or {}).items():
         if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
             yield Finding("gave_up", name, "not running, it cannot run as it is configured (see its log)")

@@ -12,8 +12,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venu
 from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
-from mdcollector.transport import get, open_session, tls_context
+from mdcollector.transport import HTTP_TRIES, get, open_session, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +55,19 @@ class Planned(msgspec.Struct):
 def resolve(where: str, settings: ConnectorConfig) -> list[str]:
     """Tickers of a connector, patterns resolved and names checked against the venue's list of instruments.
 
-    Plain names go unchecked, with a warning, when the venue does not answer; patterns cannot do without it.
+    Plain names go unchecked, with a warning, when the venue does not answer; patterns cannot do without it:
+    Disconnected or RateLimited, which are no fault of the configuration and pass.
     """
     try:
         listed = asyncio.run(_instruments(settings))
-    except (msgspec.DecodeError, FrameError) as error:
-        raise ConfigError(f"{where}: the venue's list of instruments cannot be read: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
     except (Disconnected, RateLimited, aiohttp.ClientError, TimeoutError, OSError) as error:
         if selection(settings).needs_list:
-            raise ConfigError(
-                f"{where}.tickers: patterns and filters need the venue's list of instruments: {error}"
-            ) from error
+            text = f"{where}.tickers: patterns and filters need the venue's list of instruments: {error or type(error).__name__}"
+            if isinstance(error, RateLimited):
+                raise RateLimited(error.retry_after_s, text) from error
+            raise Disconnected(text) from error
         log.warning("%s: tickers not checked, no list of instruments: %s", where, error)
         return list(dict.fromkeys(settings.tickers))
     try:
@@ -97,14 +99,28 @@ async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue]) -
         for _ in range(PAGES_MAX):
             if path is None:
                 break
-            status, body = await get(session, base + path, kind.RATE_LIMITED)
-            if status >= 400:
-                raise Disconnected(f"{base}{path}: HTTP {status}")
-            listed += kind.instruments(body)
-            path = kind.next_page(path, body)
+            page, path = await _page(session, base, path, kind)
+            listed += page
         else:
             raise Disconnected(f"{base}{first}: more than {PAGES_MAX} pages of instruments")
     return listed
+
+
+async def _page(
+    session: aiohttp.ClientSession, base: str, path: str, kind: type[Venue]
+) -> tuple[list[InstrumentInfo], str | None]:
+    """One page and the path of the next; an answer that cannot be read is asked for again, at most HTTP_TRIES times."""
+    for tries_left in reversed(range(HTTP_TRIES)):
+        status, body = await get(session, base + path, kind.RATE_LIMITED)
+        if status >= 400:
+            raise Disconnected(f"{base}{path}: HTTP {status}")
+        try:
+            return kind.instruments(body), kind.next_page(path, body)
+        except (msgspec.DecodeError, FrameError) as error:
+            if not tries_left:
+                raise Disconnected(f"{base}{path}: an answer that cannot be read: {error}") from error
+            log.warning("%s%s: an answer that cannot be read, asked for again: %s", base, path, error)
+    raise AssertionError("the last try returns or raises")
 
 
 def plan(where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str]) -> list[Planned]:
@@ -185,7 +201,7 @@ class Child:
             log.error("%s: cannot run like this (it said why above), not started again", self.name)
             return
         self._failures = 0 if now - self._started > STEADY_S else self._failures + 1
-        wait_s = random.uniform(0, min(RESTART_MOST_S, RESTART_FIRST_S * 2.0**self._failures))  # noqa: S311 (jitter)
+        wait_s = _restart_wait_s(self._failures)
         self._start_at = now + wait_s
         log.warning("%s: ended with %s, started again in %.1f s", self.name, _cause(code), wait_s)
 
@@ -208,32 +224,98 @@ class Child:
         self.process = None
 
 
+def _restart_wait_s(failures: int) -> float:
+    """Capped, exponential, with full jitter."""
+    return random.uniform(0, min(RESTART_MOST_S, RESTART_FIRST_S * 2.0 ** min(failures, 10)))  # noqa: S311 (jitter)
+
+
 def _cause(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+class Planning(threading.Thread):
+    """Finds the tickers of one connector, beside everything else: asks again for as long as its venue gives no list.
+
+    `asked` is set once there was an answer or none; `tickers` holds what was found, or the error that is final.
+    """
+
+    def __init__(self, where: str, settings: ConnectorConfig) -> None:
+        super().__init__(daemon=True)  # an answer that is waited for never holds up the end
+        self.where, self.settings = where, settings
+        self.asked = threading.Event()
+        self.tickers: Future[list[str]] = Future()
+        self.waits_for = ""
+
+    def run(self) -> None:
+        failures = 0
+        while not self.tickers.done():
+            try:
+                self.tickers.set_result(resolve(self.where, self.settings))
+            except (Disconnected, RateLimited) as error:
+                failures += 1
+                self.waits_for = str(error)
+                wait_s = _restart_wait_s(failures)
+                if isinstance(error, RateLimited):
+                    wait_s += error.retry_after_s
+                log.warning("%s; asked again in %.1f s", error, wait_s)
+                self.asked.set()
+                time.sleep(wait_s)
+            except BaseException as error:  # noqa: BLE001 (a wrong configuration, or a bug: raised where it is taken)
+                self.tickers.set_exception(error)
+        self.asked.set()
+
+
 class Supervisor:
-    """Runs the processes of a fleet file until told to stop."""
+    """Runs the processes of a fleet file until told to stop.
+
+    A connector whose venue gives no list of instruments now begins when there is one; the others do not wait for it.
+    """
 
     def __init__(self, config_path: Path, fleet: FleetConfig, log_args: Sequence[str] = ()) -> None:
-        self.rings = Path(fleet.rings)
-        base = [sys.executable, "-m", "mdcollector", *log_args, "--parent", str(os.getpid())]
+        self.rings, self._config_path = Path(fleet.rings), config_path
+        self._base = [sys.executable, "-m", "mdcollector", *log_args, "--parent", str(os.getpid())]
         self._stats = StatsWriter(self.rings / "_supervisor")
+        self.arbiters = [self._child(name, "arbiter", "arbitrate") for name in fleet.arbiters]
+        self.writers = [self._child(name, "writer", "write") for name in fleet.writers]
+        self._locks = [self._lock(child.name) for child in (*self.arbiters, *self.writers)]
         self.connectors: list[Child] = []
-        for name, settings in fleet.connectors.items():
-            where = f"{config_path}: connectors.{name}"
-            tickers = resolve(where, settings)
+        self.refused: dict[str, str] = {}  # connectors whose configuration turned out to be wrong behind the start
+        self._rows_before: dict[str, int] = {}
+        self._planning = {
+            name: Planning(f"{config_path}: connectors.{name}", settings) for name, settings in fleet.connectors.items()
+        }
+        for planning in self._planning.values():
+            planning.start()
+        for planning in self._planning.values():
+            planning.asked.wait()  # bounded by what `resolve` takes
+        self._take_planned()
+
+    def _child(self, name: str, role: str, command: str, *options: str) -> Child:
+        return Child(name, role, [*self._base, command, name, "-c", str(self._config_path), *options])
+
+    def _take_planned(self) -> None:
+        """Connections of the connectors whose tickers are known now. ConfigError: a connector cannot be like this."""
+        for name, planning in list(self._planning.items()):
+            if not planning.tickers.done():
+                continue
+            del self._planning[name]
+            tickers = planning.tickers.result()
             resolved = self.rings / "_supervisor" / f"{name}.tickers.json"
             resolved.write_bytes(msgspec.json.encode(tickers))
-            for p in plan(where, name, settings, tickers):
-                command = [*base, "connect", p.name, "-c", str(config_path), "--resolved", str(resolved)]
-                self.connectors.append(Child(p.name, "connector", command))
-        self.arbiters = [
-            Child(name, "arbiter", [*base, "arbitrate", name, "-c", str(config_path)]) for name in fleet.arbiters
-        ]
-        self.writers = [Child(name, "writer", [*base, "write", name, "-c", str(config_path)]) for name in fleet.writers]
-        self._locks = [self._lock(child.name) for child in self.children]
-        self._rows_before = self._rows()
+            for p in plan(planning.where, name, planning.settings, tickers):
+                self._locks.append(self._lock(p.name))
+                self._rows_before[p.name] = self._rows(p.name)
+                self.connectors.append(self._child(p.name, "connector", "connect", "--resolved", str(resolved)))
+
+    def _take_late(self) -> None:
+        """The same while the fleet runs: a connector that cannot be harms no other one."""
+        while any(planning.tickers.done() for planning in self._planning.values()):
+            waiting = set(self._planning)
+            try:
+                self._take_planned()
+            except ConfigError as error:
+                log.error("%s", error)
+                self.refused.update(dict.fromkeys(waiting - set(self._planning), str(error)))
 
     def _let_writers_begin(self) -> None:
         """A writer that is told to stop while it still loads its libraries would leave all rows behind."""
@@ -258,22 +340,20 @@ class Supervisor:
             ) from None
         return fd
 
-    def _rows(self) -> dict[str, int]:
-        """Rows of data ever published by each connector."""
-        rows = {}
-        for child in self.connectors:
-            rows[child.name] = 0
-            for feed in DATA_FEEDS:
-                if (self.rings / child.name / f"{feed}.meta").exists():
-                    with suppress(RingError), RingReader(self.rings / child.name, feed) as ring:
-                        rows[child.name] += ring.published
+    def _rows(self, name: str) -> int:
+        """Rows of data ever published by a connector."""
+        rows = 0
+        for feed in DATA_FEEDS:
+            if (self.rings / name / f"{feed}.meta").exists():
+                with suppress(RingError), RingReader(self.rings / name, feed) as ring:
+                    rows += ring.published
         return rows
 
     def idle(self) -> dict[str, str]:
         """Connectors that brought no row since this supervisor began, and what they said last."""
-        found = {}
-        for name, rows in self._rows().items():
-            if rows == self._rows_before[name]:
+        found = {name: planning.waits_for for name, planning in self._planning.items()} | self.refused
+        for name in (child.name for child in self.connectors):
+            if self._rows(name) == self._rows_before[name]:
                 try:
                     page = read_stats(self.rings / name / "stats")
                     found[name] = page["last_error"] or f"it was {page['state']}, nothing came"
@@ -293,11 +373,11 @@ class Supervisor:
 
     def run(self, should_stop: Callable[[], bool], on_tick: Callable[[], None] | None = None) -> None:
         """Watch until told to stop; then connectors first, arbiters and writers after them, so that all is drained."""
-        children = self.children
         try:
-            while not should_stop() and not all(child.gave_up and child.process is None for child in children):
+            while not should_stop() and not self._all_gave_up():
+                self._take_late()
                 now = time.monotonic()
-                for child in children:
+                for child in self.children:
                     child.watch(now)
                 self._publish()
                 if on_tick is not None:
@@ -318,10 +398,14 @@ class Supervisor:
                     child.wait(max(0.1, deadline - time.monotonic()))
             self._publish()
 
+    def _all_gave_up(self) -> bool:
+        return not self._planning and all(child.gave_up and child.process is None for child in self.children)
+
     def _publish(self) -> None:
         self._stats.publish(
             {
                 "role": "supervisor",
+                "waiting": {name: planning.waits_for for name, planning in self._planning.items()},
                 "processes": {
                     child.name: {
                         "role": child.role,

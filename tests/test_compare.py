@@ -19,6 +19,8 @@ import zstandard
 
 from mdcollector.records import FEEDS, Exchange, Flag
 from mdcollector.ring import RingWriter
+from tools.compare import Comparison, Rings, Settings
+from tools.venues import load_venue
 
 DEADLINE_S = 60.0
 DATA = Path(os.environ.get("MD_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
@@ -468,6 +470,37 @@ def test_it_waits_for_rings_that_do_not_exist_yet(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert Result(process.returncode, stdout, stderr, out).code == 0
+
+
+def test_a_ring_that_fills_as_fast_as_it_is_read_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of([json.dumps({"stream": "btcusdt@trade", "data": trade_data(n)}) for n in range(1, 3)])
+    ring = writer(tmp_path / "rings" / "spot", "trades")
+    append(ring, rows["trades"])
+    venue = load_venue("binance_spot")
+    found = Rings(venue, tmp_path / "rings", None, ["trades"])
+    tickers = found.find(0.0)
+    comparison = Comparison(venue, found, tickers, tmp_path, "ws://127.0.0.1:1", Settings(None, 5.0, 0.0, "oldest"))
+    monkeypatch.setattr("tools.compare.DRAIN_S", 0.2)
+    (side,) = comparison._ring_sides
+    take = side.take
+
+    def take_while_more_comes() -> int:
+        append(ring, rows["trades"])
+        return take()
+
+    monkeypatch.setattr(side, "take", take_while_more_comes)
+
+    async def read_to_the_end() -> None:
+        ending = asyncio.Event()
+        ending.set()
+        await asyncio.wait_for(comparison._read_rings(ending), DEADLINE_S)
+
+    asyncio.run(read_to_the_end())
+    comparison.report.finish()
+    side.close()
+    ring.close()
 
 
 def test_nothing_in_common_is_a_finding(tmp_path: Path) -> None:

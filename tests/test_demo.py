@@ -1,5 +1,7 @@
 """The demonstration proves what it shows, and does not touch what is not its own."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,9 @@ from tools.proof import prove
 WAIT_S = 110.0
 
 
-def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tools.demo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env={**os.environ, **environment})
 
 
 def test_everything_agrees_and_a_changed_row_would_be_seen(tmp_path: Path) -> None:
@@ -22,6 +24,13 @@ def test_everything_agrees_and_a_changed_row_would_be_seen(tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all agree" in done.stdout
     assert "NOT proven" not in done.stdout
+    tables, _, query = done.stdout.partition("a query to try:\n")
+    assert max(len(line) for line in tables.splitlines() if str(out) not in line) <= 80
+    answer = subprocess.run(query.partition("\n\n")[0], shell=True, capture_output=True, text=True, timeout=WAIT_S)
+    assert "BTCUSDT" in answer.stdout, f"the query does not work as printed: {answer.stderr}"
+    numbers = json.loads((out / "summary.json").read_text())
+    assert numbers["deribit"]["faults"]
+    assert numbers["deribit"]["comparator"]["verdict"] == "identical"
     ledger = out / "ledgers" / "binance_spot.jsonl"
     assert prove(ledger, out / "data", out / "rings", "binance_spot").ok
     # One price of one trade is changed behind everybody's back.
@@ -35,6 +44,18 @@ def test_everything_agrees_and_a_changed_row_would_be_seen(tmp_path: Path) -> No
     proof = prove(ledger, out / "data", out / "rings", "binance_spot")
     assert not proof.ok
     assert any(difference.startswith("trades") for difference in proof.differences)
+
+
+def test_a_fleet_that_cannot_start_is_told_at_once(tmp_path: Path) -> None:
+    out, hook = tmp_path / "demo", tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\nif sys.argv[:1] == ['-m'] and 'mdcollector' in sys.orig_argv: sys.exit('broken')\n"
+    )
+    done = demo("--seconds", "1", "--exchanges", "gmx", "--out", str(out), PYTHONPATH=str(hook))
+    assert done.returncode == 1
+    assert f"and the fleet ended with 1; see {out / 'fleet.log'}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_directory_of_somebody_else_is_not_touched(tmp_path: Path) -> None:

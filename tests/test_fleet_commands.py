@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from fleet import TICKERS, Fleet, mdcollector, until
 
 from mdcollector.ring import RingReader
 from tools.proof import prove
+from tools.sim.process import SimProcess
 
 SECRET = "pa55-w0rd-nobody-may-see"
 Start = Callable[..., Fleet]
@@ -316,9 +319,59 @@ def test_check_shows_the_plan(fleet_of: Start) -> None:
 def test_patterns_without_a_venue_that_answers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text(tomli_w.dumps({"connectors": {"conn": {**GOOD, "tickers": ["*USDT"]}}}))
-    done = mdcollector("check", "-c", path)
-    assert done.returncode == 78
-    assert "connectors.conn.tickers: patterns and filters need the venue's list of instruments" in done.stderr
+    for command in (("check", "-c", path), ("connect", "conn", "-c", path)):
+        done = mdcollector(*command)
+        assert done.returncode == 1, "no fault of the configuration: systemd may start it again"
+        assert "connectors.conn.tickers: patterns and filters need the venue's list of instruments" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_list_of_instruments_that_cannot_be_read_is_asked_for_again(fleet_of: Start) -> None:
+    fleet = fleet_of("binance_spot", tickers=["BTC*"], sim=("--fault", "bad_body:every=0.01,count=2,kind=half"))
+    done = mdcollector("check", "-c", fleet.config)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("an answer that cannot be read, asked for again") == 2
+    assert "conn: 5 streams of 1 tickers (BTCUSDT)" in done.stdout
+
+
+def test_up_begins_with_the_venues_that_answer_and_takes_the_others_when_they_do(fleet_of: Start) -> None:
+    fleet = fleet_of("binance_spot")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    late = {"exchange": "deribit", "tickers": ["BTC*"], "feeds": ["trades"], "reconnect_most_s": 0.3,
+            "ws_url": f"ws://127.0.0.1:{port}", "rest_url": f"http://127.0.0.1:{port}"}  # fmt: skip
+    file = tomllib.loads(fleet.config.read_text())
+    fleet.config.write_text(tomli_w.dumps({**file, "connectors": {"late": late, **file["connectors"]}}))
+    up = fleet.spawn("up", "-c", fleet.config)
+    until(lambda: fleet.published("trades") > 10, lambda: f"rows of the one that answers; {fleet.tail()}", 60)
+    status = mdcollector("status", "-c", fleet.config)
+    assert status.returncode == 1
+    assert "late: not begun yet" in status.stdout
+    with SimProcess("deribit", "--port", str(port), "--rate", "60", "--tickers", "BTC-PERPETUAL:1"):
+        until(lambda: fleet.published("trades", "late") > 10, lambda: f"rows of the late one; {fleet.tail()}", 60)
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(60) == 0, fleet.tail()
+    assert "every row that went in was written" in fleet.tail()
+
+
+def test_a_venue_that_answers_late_and_refuses_the_tickers_harms_no_other_one(fleet_of: Start) -> None:
+    fleet = fleet_of("binance_spot")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    late = {"exchange": "deribit", "tickers": ["NOSUCH*"], "feeds": ["trades"],
+            "ws_url": f"ws://127.0.0.1:{port}", "rest_url": f"http://127.0.0.1:{port}"}  # fmt: skip
+    file = tomllib.loads(fleet.config.read_text())
+    fleet.config.write_text(tomli_w.dumps({**file, "connectors": {"late": late, **file["connectors"]}}))
+    up = fleet.spawn("up", "-c", fleet.config)
+    until(lambda: fleet.published("trades") > 10, lambda: f"rows of the one that answers; {fleet.tail()}", 60)
+    with SimProcess("deribit", "--port", str(port), "--tickers", "BTC-PERPETUAL:1"):
+        until(lambda: "NOSUCH*" in fleet.logs[-1].read_text(), lambda: f"the refusal; {fleet.tail()}", 60)
+        fleet.wait_more("trades", 10)
+    up.send_signal(signal.SIGTERM)
+    assert up.wait(60) == 78, fleet.tail()
+    assert "late: brought no row: " in fleet.tail()
 
 
 def test_wrong_use_is_exit_code_2() -> None:

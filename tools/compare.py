@@ -522,6 +522,7 @@ class RingSide:
         self._reader = RingReader(directory, feed)
         self._reader.seek("oldest" if seek == "oldest" else "newest")
         self._lapped_before = 0
+        self._end: int | None = None  # of the ring: what comes behind it is not read any more
         self._skip_to_last = seek == "oldest" and self._reader.position > 0
         self._levels: list[tuple[int, float, float]] = []
         self._candles: OrderedDict[tuple[str, str], Values] = OrderedDict()  # closed ones that were handed over
@@ -536,10 +537,13 @@ class RingSide:
 
     def take(self) -> int:
         """Read and hand over one batch; how many rows it had."""
-        if self._reader.replaced and not self._reader.lag:
+        if self._reader.replaced and not self._reader.lag and self._end is None:
             self._reopen()
         lapped = self._reader.lapped
-        rows = self._reader.read(ROWS_PER_READ)
+        left = ROWS_PER_READ if self._end is None else min(ROWS_PER_READ, self._end - self._reader.position)
+        if left <= 0:
+            return 0
+        rows = self._reader.read(left)
         if self._reader.lapped > lapped:
             self._levels.clear()
             self._skip_to_last = True
@@ -552,6 +556,11 @@ class RingSide:
             row = dict(zip(fields, values, strict=True))
             self._hand_over(names[row["ticker"]], row)
         return len(rows)
+
+    def end_here(self) -> None:
+        """Read no more than what is there now: a ring that fills as fast as it is read would have no end."""
+        if self._end is None:
+            self._end = self._reader.published
 
     def _reopen(self) -> None:
         self._lapped_before = self.lapped
@@ -771,7 +780,10 @@ class Comparison:
         self.report.finish()
 
     async def _read_rings(self, ending: asyncio.Event) -> None:
-        """Until the end, and then as long as the ring has not shown what the own connection has, at most DRAIN_S."""
+        """Until the end, and then as long as the ring has not shown what the own connection has.
+
+        After DRAIN_S only what is there by then is still read.
+        """
         deadline: float | None = None
         while True:
             count = 0
@@ -782,6 +794,9 @@ class Comparison:
                 deadline = deadline or time.monotonic() + DRAIN_S
                 if not count and (time.monotonic() > deadline or not self._more_to_come()):
                     return
+                if time.monotonic() > deadline:
+                    for side in self._ring_sides:
+                        side.end_here()
             await asyncio.sleep(0 if count else POLL_S)
 
     def _more_to_come(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import click
 import pyarrow.dataset as ds
 import tomli_w
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +35,9 @@ from mdcollector.verify import verify
 from tools.proof import Proof, prove
 
 POSITIVE = Finite(0, min_open=True)
-START_S = 90.0  # a simulator or the first rows that take longer do not come at all
-STOP_S = 60.0
+START_S = 180.0  # a simulator or the first rows that take longer do not come at all
+COMPARED_S = 60.0  # how long a comparator may take behind its time
+STOP_S = 150.0  # longer than the supervisor gives its processes before it kills them
 COMPARE_EDGE_S = 2.0
 # Streams of books and of trades, by which a fault finds them. Their ids tell what is lost or doubled; where trades have
 # no counter (Bybit) none is lost, because nothing could tell.
@@ -52,6 +54,10 @@ STREAMS: dict[str, tuple[str, str]] = {
     "coinbase_exchange": ("", "matches:"),
     "gmx": ("", ""),
 }
+SHORT = {"orderbook_l2": "books", "liquidations": "liq.", "instruments": "instr."}  # 80 columns have no room for more
+DIFFERENCES_SHOWN = 10
+DETAILS = "summary.json"
+NO_FINDINGS = {"exit_code": EXIT_DONE}
 POLLED_FAULTS = ("rest_error:every=5,status=503", "bad_body:every=4", "ban:at=11,seconds=2,status=429")
 
 
@@ -147,19 +153,20 @@ def connections(rings: Path, exchange: str) -> list[Path]:
     return [path for path in sorted(rings.glob(f"{exchange}*")) if path.name.partition(".")[0] == exchange]
 
 
-def wait_for_rows(rings: Path, running: Sequence[Simulator]) -> None:
+def wait_for_rows(out: Path, running: Sequence[Simulator], fleet: subprocess.Popen[bytes]) -> None:
     """Until every connector has rows in its rings."""
     deadline = time.monotonic() + START_S
     waiting = {simulator.exchange for simulator in running}
-    while waiting and time.monotonic() < deadline:
-        pages = status(rings)["connectors"]
+    while waiting and time.monotonic() < deadline and fleet.poll() is None:
+        pages = status(out / "rings")["connectors"]
         for exchange in list(waiting):
             own = [page for name, page in pages.items() if name.partition(".")[0] == exchange]
             if own and all(page["data_ns"] for page in own):
                 waiting.discard(exchange)
         time.sleep(0.1)
     if waiting:
-        raise click.ClickException(f"no rows from {', '.join(sorted(waiting))} within {START_S:g} s")
+        why = f"within {START_S:g} s" if fleet.poll() is None else f"and the fleet ended with {fleet.returncode}"
+        raise click.ClickException(f"no rows from {', '.join(sorted(waiting))} {why}; see {out / 'fleet.log'}")
 
 
 def start_comparators(out: Path, running: Sequence[Simulator], seconds: float) -> dict[str, subprocess.Popen[str]]:
@@ -186,67 +193,104 @@ def start_comparators(out: Path, running: Sequence[Simulator], seconds: float) -
     return found
 
 
-def show(
-    console: Console,
-    out: Path,
-    proofs: dict[str, Proof],
-    verdicts: dict[str, int],
-    stats: dict[str, list[dict[str, Any]]],
-) -> None:
-    """The summary; `stats` has the pages of each exchange's connections."""
-    table = Table("exchange", *FEEDS, title="rows in the Parquet tables", title_justify="left")
-    for exchange in proofs:
-        table.add_row(exchange, *(f"{_rows(out, feed, exchange):,}" for feed in FEEDS))
+def _table(title: str, *columns: str) -> Table:
+    """A table that fits 80 columns: the exchange, then numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("exchange", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def show(console: Console, out: Path, details: dict[str, dict[str, Any]]) -> None:
+    """The summary for people; `details` are what `details_of` found of each exchange."""
+    table = _table("rows in the Parquet tables", *(SHORT.get(feed, feed) for feed in FEEDS))
+    for exchange, found in details.items():
+        table.add_row(exchange, *(f"{found['rows'][feed]:,}" if found["rows"][feed] else "-" for feed in FEEDS))
+    total = {feed: sum(found["rows"][feed] for found in details.values()) for feed in FEEDS}
+    table.add_section()
+    table.add_row("all", *(f"{n:,}" for n in total.values()))
     console.print(table)
-    columns = (
-        "connections",
-        "read -> decoded p50/p99 us",
-        "read -> visible",
-        "holes told",
-        "repaired",
-        "refused frames",
-    )
-    table = Table("exchange", *columns, title="latency and healing", title_justify="left")
-    for exchange, pages in stats.items():
-        counters = sum((Counter(page["counters"]) for page in pages), Counter[str]())
-        holes = {name: n for name, n in counters.items() if name.startswith("gap_")}
-        repaired = sum(n for name, n in holes.items() if name.endswith("_repaired"))
-        table.add_row(
-            exchange, str(counters["connections"]), _percentiles(pages, "parse_ns"), _percentiles(pages, "publish_ns"),
-            str(sum(holes.values()) - repaired), str(repaired),
-            str(sum(n for name, n in counters.items() if name.startswith("refused_"))),
-        )  # fmt: skip
+    table = _table("faults injected and healed", "faults", "refused\nframes", "new con-\nnections", "holes\ntold", "filled\nby REST",
+                   "books\nlive")  # fmt: skip
+    for exchange, found in details.items():
+        healing = (found["refused"], found["reconnects"], found["holes"], found["repaired"])
+        books = f"{found['books_live']} of {found['books']}" if found["books"] else "-"
+        table.add_row(exchange, f"{sum(found['faults'].values()):,}", *(f"{n:,}" for n in healing), books)
     console.print(table)
-    table = Table("exchange", "faults injected", "what became of them", title="faults", title_justify="left")
-    for exchange, proof in proofs.items():
-        faults = ", ".join(f"{name} {count}" for name, count in sorted(proof.faults.items()) if count)
-        counters = sum((Counter(page["counters"]) for page in stats[exchange]), Counter[str]())
-        told = [f"{name.replace('_', ' ')} {count}" for name, count in sorted(counters.items()) if count]
-        table.add_row(exchange, faults, ", ".join(told))
+    table = _table("latency and proof", "read to ring\np50 us", "\np99 us", "comparator with its\nown connection",
+                   "ledger = rings\n= Parquet")  # fmt: skip
+    for exchange, found in details.items():
+        latency = (f"{found['latency_us']['visible'][key]:,.0f}" for key in ("p50", "p99"))
+        proven = f"[green]{found['proven_rows']:,} rows[/green]" if found["proven"] else "[red]NOT proven[/red]"
+        table.add_row(exchange, *latency, _verdict(found["comparator"]), proven)
     console.print(table)
-    for exchange, proof in proofs.items():
-        mark = "[green]proven[/green]" if proof.ok else "[red]NOT proven[/red]"
-        counts = ", ".join(f"{feed} {count:,}" for feed, count in proof.compared.items() if count)
-        console.print(f"{exchange}: ledger = rings = Parquet {mark}: {counts}")
-        for difference in proof.differences[:10]:
-            console.print(f"  {difference}", style="red", markup=False)
-        if exchange in verdicts:
-            compared = "no difference" if verdicts[exchange] == 0 else f"differences (exit code {verdicts[exchange]})"
-            console.print(f"{exchange}: comparator with its own connection: {compared}")
-    console.print(
-        f"\ntables {out / 'data'}   rings {out / 'rings'}   ledgers {out / 'ledgers'}   comparison {out / 'compare'}"
-    )
-    query = f"SELECT ticker, count(*) AS trades, sum(qty) AS volume FROM '{out}/data/trades/*/*/*.parquet' GROUP BY ALL"  # noqa: S608 (shown, not run)
-    console.print("a query to try:")
-    console.print(
-        f'  {sys.executable} -c "import duckdb; print(duckdb.sql(\\"{query}\\"))"', soft_wrap=True, markup=False
+    for exchange, found in details.items():
+        for difference in found["differences"][:DIFFERENCES_SHOWN]:
+            console.print(f"{exchange}: {difference}", style="red", markup=False, soft_wrap=True)
+    for name, text in (
+        ("tables", "data"), ("rings", "rings"), ("ledgers", "ledgers"), ("comparison", "compare"),
+        ("all numbers", DETAILS),
+    ):  # fmt: skip
+        console.print(f"{name:<12} {out / text}", soft_wrap=True, markup=False, highlight=False)
+    console.print("\na query to try:")
+    console.print(query(out), soft_wrap=True, markup=False, highlight=False)
+
+
+def query(out: Path) -> str:
+    """A shell command that asks the tables something."""
+    program = Path(sys.executable)
+    here = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return f"""  {here} -c "import duckdb; duckdb.sql('''
+    SELECT ticker, count(*) AS trades, sum(price * qty) / sum(qty) AS vwap
+    FROM '{out}/data/trades/*/*/*.parquet' GROUP BY ticker ORDER BY trades DESC''').show()\""""  # noqa: S608 (shown)
+
+
+def _verdict(comparator: dict[str, Any] | None) -> str:
+    if comparator is None:
+        return "-"  # polled: nothing to compare within seconds
+    if comparator.get("verdict") == "identical" and not comparator["exit_code"]:
+        return f"[green]{comparator['compared']:,} identical[/green]"
+    return (
+        f"[red]{comparator.get('findings', 'no')} differences[/red]"
+        if "findings" in comparator
+        else "[red]no result[/red]"
     )
 
 
-def _percentiles(pages: Sequence[dict[str, Any]], stage: str) -> str:
-    """Of the slowest connection."""
+def details_of(
+    out: Path, proof: Proof, pages: Sequence[dict[str, Any]], comparator: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All numbers of one exchange; `pages` are the stats of its connections."""
+    counters = sum((Counter(page["counters"]) for page in pages), Counter[str]())
+    holes = {name: n for name, n in counters.items() if name.startswith("gap_")}
+    repaired = sum(n for name, n in holes.items() if name.endswith("_repaired"))
+    return {
+        "rows": {feed: _rows(out, feed, proof.exchange) for feed in FEEDS},
+        "faults": {name: n for name, n in sorted(proof.faults.items()) if n},
+        "refused": sum(n for name, n in counters.items() if name.startswith("refused_")),
+        "reconnects": max(0, counters["connections"] - len(pages)),
+        "holes": sum(holes.values()) - repaired,
+        "repaired": repaired,
+        "books": sum(page["books"] for page in pages),
+        "books_live": sum(page["books"] - page["books_invalid_count"] for page in pages),
+        "latency_us": {
+            "decoded": _slowest(pages, "parse_ns"),
+            "visible": _slowest(pages, "publish_ns"),
+        },
+        "comparator": comparator,
+        "proven": proof.ok,
+        "proven_rows": sum(proof.compared.values()),
+        "compared": proof.compared,
+        "differences": proof.differences,
+        "counters": {name: n for name, n in sorted(counters.items()) if n},
+    }  # fmt: skip
+
+
+def _slowest(pages: Sequence[dict[str, Any]], stage: str) -> dict[str, float]:
+    """Percentiles of the slowest connection, from the read of the packet on, in microseconds."""
     slowest = max((page[stage] for page in pages), key=lambda histogram: float(histogram["p99"]))
-    return f"{slowest['p50'] / 1000:.1f} / {slowest['p99'] / 1000:.1f}"
+    return {key: slowest[key] / 1000 for key in ("p50", "p99")}
 
 
 def _rows(out: Path, feed: str, exchange: str) -> int:
@@ -280,26 +324,36 @@ def main(seconds: float, rate: float, exchanges: list[str], out: Path) -> None:
         command = [sys.executable, "-m", "mdcollector", "--log-level", "warning", "up", "-c", str(fleet_path)]
         with open(out / "fleet.log", "w") as log:
             fleet = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603 (our own)
+        comparators: dict[str, subprocess.Popen[str]] = {}
         try:
-            wait_for_rows(out / "rings", running)
+            wait_for_rows(out, running, fleet)
             console.print(f"all of them deliver; collecting with faults for {seconds:g} s ...")
             began = time.monotonic()
             comparators = start_comparators(out, running, max(4.0, seconds - 4.0))
             while time.monotonic() - began < seconds and fleet.poll() is None:
                 time.sleep(0.1)
-            verdicts = {exchange: _finish(process) for exchange, process in comparators.items()}
+            deadline = time.monotonic() + COMPARED_S
+            compared = {exchange: _finish(process, deadline) for exchange, process in comparators.items()}
         finally:
+            for process in comparators.values():
+                process.kill()  # those that are not done when something else failed
             fleet.send_signal(signal.SIGINT)
             fleet_code = fleet.wait(STOP_S)
     console.print("proving every row ...")
     rings = out / "rings"
     stats = {s.exchange: [read_stats(path / "stats") for path in connections(rings, s.exchange)] for s in running}
-    proofs = {s.exchange: _prove(s, out) for s in running}
+    details = {
+        s.exchange: details_of(out, _prove(s, out), stats[s.exchange], compared.get(s.exchange)) for s in running
+    }
+    (out / DETAILS).write_text(json.dumps(details, indent=1), encoding="utf-8")
     completeness = verify(out / "data")
-    show(console, out, proofs, verdicts, stats)
-    console.print(f"mdcollector up: {(out / 'fleet.log').read_text(encoding='utf-8').strip().splitlines()[-1]}")
-    good = all(p.ok for p in proofs.values()) and not any(verdicts.values()) and fleet_code == EXIT_DONE
-    good = good and completeness.exit_code == EXIT_DONE
+    show(console, out, details)
+    said = (out / "fleet.log").read_text(encoding="utf-8").strip().splitlines()[-1]
+    good = all(found["proven"] and not (found["comparator"] or NO_FINDINGS)["exit_code"] for found in details.values())
+    good = good and fleet_code == EXIT_DONE and completeness.exit_code == EXIT_DONE
+    console.print(f"\nmdcollector up: {said}", soft_wrap=True, markup=False)
+    console.print(f"mdcollector verify: {completeness.rows:,} rows, {completeness.missing:,} missing, "
+                  f"{completeness.explained:,} explained by gaps", soft_wrap=True)  # fmt: skip
     console.print("[bold green]all agree[/bold green]" if good else "[bold red]they do not agree[/bold red]")
     sys.exit(EXIT_DONE if good else EXIT_FINDINGS)
 
@@ -312,9 +366,15 @@ def _prove(simulator: Simulator, out: Path) -> Proof:
     )  # fmt: skip
 
 
-def _finish(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=STOP_S)
-    return process.returncode
+def _finish(process: subprocess.Popen[str], deadline: float) -> dict[str, Any]:
+    """What a comparator found; only its exit code where it ended badly, or had to be ended."""
+    try:
+        printed, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed, _ = process.communicate()
+    summary: dict[str, Any] = json.loads(printed or "{}")
+    return {**summary, "exit_code": process.returncode}
 
 
 if __name__ == "__main__":
