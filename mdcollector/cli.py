@@ -4,6 +4,7 @@ Imports of heavy modules stand inside the commands, so that a connector does not
 """
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -68,6 +69,11 @@ class Commands(click.Group):
             ctx.exit(EXIT_CONFIG)
         except (StorageError, Disconnected, RateLimited) as error:
             click.echo(f"mdcollector: {error}", err=True)
+            ctx.exit(EXIT_FINDINGS)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+                raise
+            click.echo(f"mdcollector: standard output cannot be written: {error.strerror}", err=True)
             ctx.exit(EXIT_FINDINGS)
 
 

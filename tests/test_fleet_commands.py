@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -377,6 +378,14 @@ def test_a_venue_that_answers_late_and_refuses_the_tickers_harms_no_other_one(fl
 def test_wrong_use_is_exit_code_2() -> None:
     for arguments in (("--nonsense",), ("connect",), ("run", "binance_spot"), ("frobnicate",)):
         assert mdcollector(*arguments).returncode == 2
+
+
+def test_output_that_cannot_be_written_is_told_in_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "mdcollector", "schema"], stdout=full, stderr=subprocess.PIPE,
+                              text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "mdcollector: standard output cannot be written: No space left on device\n"
 
 
 # Secrets

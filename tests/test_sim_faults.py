@@ -3,11 +3,14 @@
 import asyncio
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from socket import create_server
 from typing import Any
 
 import aiohttp
@@ -768,3 +771,33 @@ def test_a_client_that_does_not_read_hurts_nobody() -> None:
 
     with SimProcess("binance_spot", "--rate", "3000", "--tickers", "BTCUSDT") as sim:
         within(listen(sim))
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "code"),
+    [
+        (["nyse"], "'nyse' is unknown; known: binance_futures", 2),
+        (["binance_spot", "--port", "{taken}"], "cannot listen on 127.0.0.1:{taken}: ", 2),
+        (["binance_spot", "--rate", "nan"], "neither a number above 0", 2),
+        (["binance_spot", "--rate", "1e99"], "at most 1,000,000, nor the word max", 2),
+        (["binance_spot", "--tickers", "99999999"], "more than the 10,000", 2),
+        (["binance_spot", "--limit", "weight_max=nan"], "'weight_max=nan': the value must be a number that is", 2),
+        (["binance_spot", "--limit", "weight_max=-1"], "that is not negative", 2),
+        (["binance_spot", "--limit", "nonsense=1"], "no limit of this venue; known: ", 2),
+        (["binance_spot", "--tls-cert", "{tmp}"], "no PEM pair: Is a directory", 2),
+        (["binance_spot", "--ledger", "{tmp}/file/ledger"], "{tmp}/file/ledger: the ledger cannot be written: ", 1),
+        (["binance_spot", "--ledger", "/dev/full"], "/dev/full: the ledger cannot be written: No space left", 1),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(tmp_path: Path, arguments: list[str], told: str, code: int) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with closing(create_server(("127.0.0.1", 0))) as taken:
+        words = {"taken": str(taken.getsockname()[1]), "tmp": str(tmp_path)}
+        command = [sys.executable, "-m", "tools.sim", *(argument.format(**words) for argument in arguments)]
+        done = subprocess.run([*command, "--seconds", "0.5"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert told.format(**words) in done.stderr
+    assert "Traceback" not in done.stderr

@@ -932,8 +932,10 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("exchange", type=click.Choice(venue_names()))
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"]}, epilog=f"EXCHANGE: {', '.join(venue_names())}."
+)
+@click.argument("exchange", type=click.Choice(venue_names()), metavar="EXCHANGE")
 @click.argument("tickers", nargs=-1)
 @click.option(
     "--rings", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory of all rings."

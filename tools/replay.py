@@ -558,7 +558,7 @@ def main() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--speed", type=_Speed(), default="1", show_default=True, help="1 as recorded, N times as fast, or max.")
-@click.option("--exchange", type=click.Choice(venue_names()), help="Default: told by the recording.")
+@click.option("--exchange", type=click.Choice(venue_names()), metavar="NAME", help="Default: told by the recording.")
 @click.option("--loop", is_flag=True, help="Start again at the end, for ever.")
 @click.option("--wait-clients", type=click.IntRange(1), default=1, show_default=True, help="Clients to wait for.")
 @click.option("--settle", "settle_s", type=Finite(0), default=0.5, show_default=True,
@@ -611,8 +611,8 @@ async def _serve(source: Source, venue: Venue, settings: Settings, host: str, po
     return replay.summary()
 
 
-@main.command()
-@click.argument("exchange", type=click.Choice(venue_names()))
+@main.command(epilog=f"EXCHANGE: {', '.join(venue_names())}.")
+@click.argument("exchange", type=click.Choice(venue_names()), metavar="EXCHANGE")
 @click.argument("tickers", nargs=-1)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.jsonl.zst to write.")
 @click.option(

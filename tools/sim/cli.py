@@ -15,10 +15,14 @@ from typing import Any
 import click
 
 from mdcollector import logs
+from mdcollector.errors import EXIT_FINDINGS, StorageError
 from mdcollector.options import Finite
 from tools.live import log_options
 from tools.sim.faults import FaultError, help_text
-from tools.sim.server import Exchange, Options, Venue, venues
+from tools.sim.server import CannotListen, Exchange, Options, Venue, venues
+
+RATE_MOST = 1_000_000  # actions a second that are asked for; a market that cannot keep up runs on behind its time
+TICKERS_MOST = 10_000
 
 EPILOG = """\b
 Examples:
@@ -48,8 +52,8 @@ def _rate(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
         rate = float(value)
     except ValueError:
         rate = math.nan
-    if not 0 < rate < math.inf:
-        raise click.BadParameter(f"{value!r} is neither a number greater than 0 nor the word max")
+    if not 0 < rate <= RATE_MOST:
+        raise click.BadParameter(f"{value!r} is neither a number above 0, at most {RATE_MOST:,}, nor the word max")
     return rate
 
 
@@ -58,11 +62,14 @@ def _limits(venue: type[Venue], pairs: tuple[str, ...]) -> dict[str, float]:
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name not in venue.limits:
-            raise click.BadParameter(f"{name!r} is no limit of this venue; known: {', '.join(venue.limits)}")
+            known = ", ".join(venue.limits)
+            raise click.BadParameter(f"{name!r} is no limit of this venue; known: {known}", param_hint="--limit")
         try:
             limits[name] = float(value)
         except ValueError:
-            raise click.BadParameter(f"{pair!r}: the value must be a number") from None
+            limits[name] = math.nan
+        if not limits[name] >= 0:
+            raise click.BadParameter(f"{pair!r}: the value must be a number that is not negative", param_hint="--limit")
     return limits
 
 
@@ -78,8 +85,9 @@ def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(cert, key)
-    except ssl.SSLError as error:
-        raise click.BadParameter(f"{cert} and {key}: no PEM pair: {error.reason}", param_hint="--tls-cert") from error
+    except OSError as error:  # ssl.SSLError is one
+        why = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        raise click.BadParameter(f"{cert} and {key}: no PEM pair: {why}", param_hint="--tls-cert") from error
     return context
 
 
@@ -87,6 +95,8 @@ def _tickers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     names = tuple(name.strip() for name in value.split(",") if name.strip())
     if len(names) == 1 and names[0].isdecimal() and int(names[0]) == 0:
         raise click.BadParameter("0 is no number of tickers to invent")
+    if len(names) == 1 and names[0].isdecimal() and int(names[0]) > TICKERS_MOST:
+        raise click.BadParameter(f"{names[0]} tickers are more than the {TICKERS_MOST:,} that can be invented")
     for name, colon, share in (part.rpartition(":") for part in names):
         try:
             good = not colon or (bool(name) and 0 < float(share) < math.inf)
@@ -191,8 +201,11 @@ def main(
     )
     try:
         summary = asyncio.run(_run(known[exchange], options))
-    except FaultError as error:
+    except (FaultError, CannotListen) as error:
         raise click.UsageError(str(error)) from error
+    except StorageError as error:
+        click.echo(f"mdsim: {error}", err=True)
+        sys.exit(EXIT_FINDINGS)
     _print(summary)
 
 

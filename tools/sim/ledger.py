@@ -30,6 +30,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
+from mdcollector.errors import StorageError
+
 FLUSH_S = 0.2
 
 Sides = tuple[dict[str, str], dict[str, str]]  # bids, asks: price text -> quantity text
@@ -57,10 +59,18 @@ class LedgerWriter:
 
     def __init__(self, path: Path | None) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
+        self._path = path
         self._file: TextIO | None = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 (closed in close)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115 (closed in close)
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StorageError:
+        """Ends the simulation: half of the truth is none."""
+        return StorageError(f"{self._path}: the ledger cannot be written: {error.strerror}")
 
     @property
     def writing(self) -> bool:
@@ -70,13 +80,15 @@ class LedgerWriter:
         """Append one ready line of a frequent kind; `text` is its JSON object."""
         self.counts[kind, ticker] += 1
         if self._file is not None:
-            self._file.write(text + "\n")
+            try:
+                self._file.write(text + "\n")
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def record(self, kind: str, **values: Any) -> None:
         """Append one line of a rare kind."""
-        self.counts[kind, str(values.get("ticker", ""))] += 1
-        if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **values}, separators=(",", ":")) + "\n")
+        text = json.dumps({"kind": kind, **values}, separators=(",", ":")) if self.writing else ""
+        self.line(kind, str(values.get("ticker", "")), text)
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Lines so far: kind -> ticker -> number."""
@@ -87,12 +99,18 @@ class LedgerWriter:
 
     def flush(self) -> None:
         if self._file is not None:
-            self._file.flush()
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                raise self._unwritable(error) from error
 
 
 class Ledger:

@@ -56,6 +56,10 @@ def frame_of(payload: bytes, opcode: int = TEXT, fin: bool = True) -> bytes:
     return struct.pack("!BBQ", head, 127, size) + payload
 
 
+class CannotListen(Exception):
+    """The port is not to be had; the text says why."""
+
+
 class Window:
     """At most `limit` events in any `length_s` seconds."""
 
@@ -995,7 +999,11 @@ class Exchange:
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=CLOSE_S)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self.options.port, ssl_context=self.options.tls, backlog=1024)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            await runner.cleanup()
+            raise CannotListen(f"cannot listen on 127.0.0.1:{self.options.port}: {error.strerror}") from error
         try:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
