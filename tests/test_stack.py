@@ -5,15 +5,18 @@ Grafana, Loki and Alloy cannot be had as packages: their files are checked by sc
 """
 
 import json
+import logging
 import re
 import shutil
 import socket
 import subprocess
+import sysconfig
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,15 +24,19 @@ from typing import Any
 import pytest
 import yaml
 
+from mdcollector.logs import JsonLines
 from tests.fleet import Fleet, until
+from tools.dashboards import TROUBLE, expressions
 
 PROMETHEUS, ALERTMANAGER = shutil.which("prometheus"), shutil.which("prometheus-alertmanager")
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    if shutil.which(str(command[0])) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A program of this environment (extra `check`), or else of the machine."""
+    here = sysconfig.get_path("scripts")
+    if (found := shutil.which(program, path=here) or shutil.which(program)) is None:
+        pytest.skip(f"{program} is not installed")
+    return subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, timeout=60)
 
 
 def free_port() -> int:
@@ -83,7 +90,7 @@ def test_grafana_finds_data_source_and_dashboard_where_it_is_told(repository: Pa
     sources = yaml.safe_load((docker / "grafana/provisioning/datasources/datasources.yml").read_text())["datasources"]
     board = json.loads((docker / "grafana/dashboards/mdcollector.json").read_text())
     uids = {panel["datasource"]["uid"] for panel in board["panels"]}
-    assert uids <= {source["uid"] for source in sources}
+    assert uids == {source["uid"] for source in sources}
     provider = yaml.safe_load((docker / "grafana/provisioning/dashboards/dashboards.yml").read_text())["providers"][0]
     volumes = yaml.safe_load((docker / "compose.yml").read_text())["services"]["grafana"]["volumes"]
     assert f"./grafana/dashboards:{provider['options']['path']}:ro" in volumes
@@ -91,6 +98,32 @@ def test_grafana_finds_data_source_and_dashboard_where_it_is_told(repository: Pa
     assert len(titles) == len(set(titles))
     right = [panel["gridPos"]["x"] + panel["gridPos"]["w"] for panel in board["panels"]]
     assert max(right) == 24
+
+
+def test_the_dashboard_keeps_grafanas_schema(repository: Path, tmp_path: Path) -> None:
+    schema = repository / "tests" / "grafana-dashboard.schema.json"
+    path = repository / "docker" / "grafana" / "dashboards" / "mdcollector.json"
+    done = run("check-jsonschema", "--schemafile", schema, path)
+    assert done.returncode == 0, done.stdout
+    for number, spoil in enumerate(({"refresh": 10}, {"panells": []}, {"panels": [{"type": "stat", "title": 1}]})):
+        spoilt = tmp_path / f"{number}.json"
+        spoilt.write_text(json.dumps({**json.loads(path.read_text()), **spoil}))
+        assert run("check-jsonschema", "--schemafile", schema, spoilt).returncode == 1, f"{spoil} is found"
+
+
+def test_what_the_dashboard_asks_loki_for_is_what_the_shipper_sends(repository: Path) -> None:
+    """The label of its query is one that the shipper makes of a key of our JSON lines, its values are levels of ours."""
+    label, values = re.fullmatch(r'\{(\w+)=~"([\w|]+)"\}', TROUBLE).groups()  # type: ignore[union-attr]
+    shipper = (repository / "docker" / "alloy" / "config.alloy").read_text()
+    keys = dict(re.findall(r'(\w+) = "(\w+)"', re.findall(r"expressions = \{(.*)\}", shipper)[0]))
+    labels = re.findall(r'(\w+) = ""', re.findall(r"values = \{(.*)\}", shipper)[0])
+    time_source = re.findall(r'source = "(\w+)"', shipper)[0]
+    assert label in labels
+    record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "words", (), None)
+    line = json.loads(JsonLines().format(record))
+    assert {keys[name] for name in (*labels, time_source)} <= line.keys()
+    assert line[keys[label]] in values.split("|")
+    assert datetime.fromisoformat(line[keys[time_source]]).tzinfo is not None, "RFC 3339"
 
 
 @contextmanager
@@ -149,8 +182,6 @@ def test_a_killed_connector_reaches_telegram_through_prometheus_and_alertmanager
     repository: Path, tmp_path: Path
 ) -> None:
     """And every expression of the dashboard is answered by that Prometheus, most of them with numbers."""
-    from tools.dashboards import expressions
-
     telegram, ports = Telegram(), {name: free_port() for name in ("prometheus", "alertmanager")}
     with Fleet(tmp_path / "fleet", "binance_spot") as fleet:
         fleet.start()

@@ -5,12 +5,13 @@ Every expression is of metrics that `mdcollector.monitor` serves; a test asks a 
 
 from collections.abc import Iterator, Sequence
 
-from grafana_foundation_sdk.builders import dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.builders import dashboard, logs, loki, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
-SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
-PANEL_WIDTH, PANEL_HEIGHT, STAT_HEIGHT = 12, 8, 4
+SOURCE, LOGS = DataSourceRef(type_val="prometheus", uid="prometheus"), DataSourceRef(type_val="loki", uid="loki")
+FULL_WIDTH, PANEL_WIDTH, PANEL_HEIGHT, STAT_HEIGHT = 24, 12, 8, 4
+TROUBLE = '{level=~"warning|error|critical"}'  # LogQL; docker/alloy makes the label of the JSON lines
 Panel = tuple[str, str, Sequence[tuple[str, str]]]  # title, unit, (expression, legend)
 
 STATS: Sequence[tuple[str, str, str]] = (
@@ -58,7 +59,7 @@ def fleet_dashboard() -> str:
         dashboard.Dashboard("mdcollector: the fleet").uid("mdcollector").tags(["mdcollector"]).refresh("10s")
         .time("now-1h", "now").timezone("utc").readonly()
     )  # fmt: skip
-    width = 24 // len(STATS)
+    width = FULL_WIDTH // len(STATS)
     for title, unit, expression in STATS:
         query = prometheus.Dataquery().expr(expression).ref_id("A")
         board.with_panel(
@@ -69,4 +70,9 @@ def fleet_dashboard() -> str:
         for i, (expression, legend) in enumerate(queries):
             panel.with_target(prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + i)))
         board.with_panel(panel)
+    lines = loki.Dataquery().expr(TROUBLE).ref_id("A")
+    board.with_panel(
+        logs.Panel().title("Warnings and errors").datasource(LOGS).span(FULL_WIDTH).height(PANEL_HEIGHT)
+        .show_time(True).wrap_log_message(True).with_target(lines)
+    )  # fmt: skip
     return str(JSONEncoder(sort_keys=True, indent=1).encode(board.build())) + "\n"
