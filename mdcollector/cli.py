@@ -360,7 +360,7 @@ def arbitrate(name: str, config_path: Path) -> None:
     """Run the arbiter NAME of a fleet file: merge the rings of its legs into one, each row once, until stopped."""
     from mdcollector import config
     from mdcollector.arbiter import Arbiter
-    from mdcollector.connector import pin
+    from mdcollector.connector import lock_memory, pin
     from mdcollector.exchanges import venue_class
 
     fleet = config.load(config_path)
@@ -372,6 +372,7 @@ def arbitrate(name: str, config_path: Path) -> None:
     exchange = venue_class(connector.exchange).EXCHANGE
     logs.identify(name)
     pin(settings.cpu)
+    lock_memory()
     stop = stop_signal()
     Arbiter(
         Path(fleet.rings), name, exchange=(exchange.name, int(exchange)), legs=settings.legs, feeds=settings.feeds,
@@ -438,6 +439,7 @@ def units(config_path: Path, out: Path, program: str) -> None:
     import shlex
 
     from mdcollector import config, supervisor
+    from mdcollector.units import DROP_INS
     from mdcollector.units import units as make
 
     fleet = config.load(config_path)
@@ -446,14 +448,17 @@ def units(config_path: Path, out: Path, program: str) -> None:
         where = f"{config_path}: connectors.{name}"
         planned = supervisor.plan(where, name, settings, supervisor.resolve(where, settings))
         connections[name] = [connection.name for connection in planned]
-    for file, text in make(config_path, fleet, connections, shlex.split(program)).items():
-        path = out / file
-        try:
+    files = {out / name: text for name, text in make(config_path, fleet, connections, shlex.split(program)).items()}
+    try:
+        for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-        click.echo(str(path))
+            click.echo(str(path))
+        for path in set(out.glob(DROP_INS)) - set(files):  # it would go on to pin a process that is no longer pinned
+            path.unlink()
+            click.echo(f"{path}: removed, it is of an earlier fleet file", err=True)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
 
 @main.command()

@@ -6,10 +6,13 @@ wants and publishes the stats page.
 """
 
 import asyncio
+import ctypes
 import gc
 import hashlib
 import logging
+import os
 import random
+import resource
 import signal
 import ssl
 import time
@@ -36,6 +39,7 @@ from mdcollector.transport import HTTP_TRIES, Fetcher, Leg, open_leg, tls_contex
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4  # linux/mman.h on x86
 STATS_EVERY_TICKS = 3
 BACKOFF_FIRST_S = 0.5
 DATA_FLOWS_S = 10.0  # data for so long, then the back-off starts over
@@ -667,6 +671,17 @@ def pin(cpu: int | None) -> None:
         psutil.Process().cpu_affinity([cpu])
 
 
+def lock_memory() -> None:
+    """Keep what this process has touched in memory, its rings included, where the limit was lifted for that.
+
+    Units and compose file do so; without it a machine that is short of memory lets the next message wait for its disk.
+    """
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
+            log.warning("memory is not locked: %s", os.strerror(ctypes.get_errno()))
+
+
 def run_connector(
     name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream],
     *, planned: Sequence[str], takes_new: bool,
@@ -680,4 +695,5 @@ def run_connector(
         await Connector(name, settings, rings, streams, planned=planned, takes_new=takes_new).run()
 
     pin(settings.cpu)
+    lock_memory()
     asyncio.run(run())

@@ -16,6 +16,7 @@ from mdcollector.errors import EXIT_CONFIG
 
 USER = "mdcollector"
 WATCHDOG_S = 30
+DROP_INS = "mdcollector-*@*.service.d/fleet.conf"
 STOP_S = {"connector": 30, "arbiter": 60, "writer": 120, "monitor": 20}
 
 _HARDENING = """\
@@ -108,16 +109,16 @@ def units(
     config_path: Path, fleet: FleetConfig, connections: Mapping[str, Sequence[str]], program: Sequence[str] = ()
 ) -> dict[str, str]:
     """Files by name below the directory of units. `connections`: processes of each connector; `program`: how to start."""
-    base = " ".join(program or (sys.executable, "-m", "mdcollector")) + " --log-format json"
-    file = config_path.absolute()
-    rings = Path(fleet.rings).absolute()
-    outs = [str(Path(writer.out).absolute()) for writer in fleet.writers.values() if "://" not in writer.out]
-    csv = [str(Path(fleet.monitor.csv).absolute().parent)] if fleet.monitor.csv else []
+    base = " ".join(map(_word, program or (sys.executable, "-m", "mdcollector"))) + " --log-format json"
+    file = _word(str(config_path.absolute()))
+    rings = _word(str(Path(fleet.rings).absolute()))
+    outs = [_word(str(Path(writer.out).absolute())) for writer in fleet.writers.values() if "://" not in writer.out]
+    csv = [_word(str(Path(fleet.monitor.csv).absolute().parent))] if fleet.monitor.csv else []
 
     def service(role: str, command: str, what: str, *, writable: Sequence[str] = (), oom: int = 0) -> str:
         return _SERVICE.format(
             what=what, command=f"{base} {command}", watchdog=WATCHDOG_S, exit_config=EXIT_CONFIG,
-            stop=STOP_S[role], user=USER, writable=" ".join(dict.fromkeys([str(rings), *writable])), oom=oom,
+            stop=STOP_S[role], user=USER, writable=" ".join(dict.fromkeys([rings, *writable])), oom=oom,
             hardening=_HARDENING,
         )  # fmt: skip
 
@@ -127,7 +128,7 @@ def units(
         "mdcollector-writer@.service": service("writer", f"write %i -c {file}", "writer %i", writable=outs, oom=-500),
         "mdcollector-monitor.service": service("monitor", f"monitor -c {file}", "monitor", writable=csv),
         "mdcollector-directories.service": _DIRECTORIES.format(
-            user=USER, paths=" ".join(dict.fromkeys([str(rings), *outs, *csv])), hardening=_HARDENING
+            user=USER, paths=" ".join(dict.fromkeys([rings, *outs, *csv])), hardening=_HARDENING
         ),
     }
     instances, drains = ["mdcollector-monitor.service"], list[str]()
@@ -143,6 +144,12 @@ def units(
             drains += mine
     found["mdcollector.target"] = _TARGET.format(wants=" ".join(instances))
     return found
+
+
+def _word(text: str) -> str:
+    """One word of a unit file, whatever a path has in it: blanks, quotes, the % of specifiers."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"' if not text or set(text) & set(" \t'\"\\") else text
 
 
 def _processes(

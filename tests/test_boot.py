@@ -236,6 +236,14 @@ def test_what_dies_or_hangs_is_started_again_and_a_stop_loses_nothing(fleet: Boo
         assert machine.show(unit, "User") == "mdcollector"
         assert machine.show(unit, "WatchdogUSec") == f"{HANG_S if unit == WRITER else WATCHDOG_S}s"
 
+    # Pinned as the fleet file says, and locked in memory where this machine lets systemd lift the limit.
+    (pid,) = fleet.pids()
+    status, limits = (machine.done("cat", f"/proc/{pid}/{name}") for name in ("status", "limits"))
+    assert re.findall(r"Cpus_allowed_list:\s+(\S+)", status) == ["0"]
+    lifted = re.search(r"Max locked memory +unlimited", limits) is not None
+    assert (int(re.findall(r"VmLck:\s+(\d+)", status)[0]) > 0) == lifted
+    assert machine.show(CONNECTOR, "LimitMEMLOCK") == "infinity"
+
     # The monitor, hardened as it is, sees the others' processes.
     port = until(lambda: re.search(r"serving on 127\.0\.0\.1:(\d+)", machine.journal(MONITOR)), machine.tail)[1]
     messages = [json.loads(line) for line in machine.journal(MONITOR).splitlines() if line.startswith("{")]

@@ -4,10 +4,13 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mdcollector.config import FleetConfig, WriterConfig
+from mdcollector.units import units
 from tests.fleet import Fleet, mdcollector
 
 EXPOSURE_MOST = 2.5  # systemd-analyze security: 0 is locked up, 10 is open
@@ -49,6 +52,69 @@ def test_every_process_of_the_fleet_is_wanted_with_its_cpu(written: Path) -> Non
     assert "RestartPreventExitStatus=78" in writer
     monitor = (written / "mdcollector-monitor.service").read_text()
     assert f"ReadWritePaths={written.parent}/rings {written.parent}/numbers\n" in monitor
+
+
+def test_what_an_earlier_fleet_file_said_is_taken_away(written: Path) -> None:
+    """A drop-in that stays would go on to pin a process; what an administrator put beside it is his."""
+    config, his = written.parent / "fleet.toml", written / "mdcollector-connector@a.service.d" / "his.conf"
+    his.write_text("[Service]\nNice=-5\n")
+    lines = [line for line in config.read_text().splitlines() if line not in ("cpu = 0", 'connectors = ["both"]')]
+    text = "\n".join(lines)
+    before, _, rest = text.partition("[arbiters.both]")
+    config.write_text(before + rest[rest.index("[writers") :] + "\n")
+    done = mdcollector("units", "-c", config, "--out", written)
+    assert done.returncode == 0, done.stderr
+    gone = written / "mdcollector-arbiter@both.service.d"
+    assert f"{gone}/fleet.conf: removed" in done.stderr
+    assert sorted(path.parent.name for path in written.glob("*.d/fleet.conf")) == [
+        "mdcollector-connector@a.service.d", "mdcollector-connector@b.service.d"
+    ]  # fmt: skip
+    assert not [path for path in written.glob("*.d/fleet.conf") if "CPUAffinity" in path.read_text()]
+    assert his.exists()
+
+
+def test_a_path_may_have_blanks_quotes_and_percent_signs(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    place = tmp_path / 'my "own" 100%i fleet'
+    fleet = FleetConfig(rings=str(place / "rings"), writers={"w": WriterConfig(out=str(place / "out"))})
+    for name, text in units(place / "fleet.toml", fleet, {}).items():
+        path = tmp_path / "units" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        if name.endswith(".service"):
+            command = ["systemd-analyze", "verify", "--recursive-errors=no", str(path).replace("@", "@x")]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    escaped = str(place).replace('"', '\\"').replace("%", "%%")
+    text = (tmp_path / "units" / "mdcollector-writer@.service").read_text()
+    assert f'write %i -c "{escaped}/fleet.toml"\n' in text
+    assert f'ReadWritePaths="{escaped}/rings" "{escaped}/out"\n' in text
+
+
+LOCKED = """
+import mmap, resource, sys
+resource.getrlimit = lambda which: {limit}
+from mdcollector.connector import lock_memory
+lock_memory()
+ring = mmap.mmap(-1, {size})
+ring[:: mmap.PAGESIZE] = bytes(len(ring) // mmap.PAGESIZE)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmLck:")))
+"""
+
+
+def test_who_fills_rings_keeps_them_in_memory_where_the_limit_was_lifted() -> None:
+    """As units and compose file lift it. What is mapped and touched later is locked as well."""
+    if os.geteuid() != 0:
+        pytest.skip("only root is let to lock memory here, whatever the limit says")
+    size, kib = 32 << 20, {}
+    for limit in ((-1, -1), (8 << 20, 8 << 20)):
+        code = LOCKED.format(limit=limit, size=size)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        kib[limit[0]] = int(done.stdout)
+    assert kib[-1] >= size >> 10
+    assert kib[8 << 20] == 0
 
 
 def test_systemd_finds_nothing_wrong_with_them(written: Path) -> None:
