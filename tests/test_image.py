@@ -24,7 +24,7 @@ from tests.fleet import Fleet, until
 BASE = os.environ.get("MD_IMAGE_BASE", "")  # conftest.py takes such settings away from the tests
 MADE_BASE = "localhost/mdcollector-base:bookworm"
 USER = 10001  # of the image
-DEBOOTSTRAP_S, BUILD_S, HEALTH_S, STOP_S = 500.0, 400.0, 90.0, 90.0
+DEBOOTSTRAP_S, BUILD_S, HEALTH_S, STOP_S = 600.0, 600.0, 90.0, 90.0
 # Mixed cgroups are more than crun takes, and a machine may refuse to raise limits (docker/README.md).
 ENGINE = """\
 [engine]
@@ -104,7 +104,7 @@ def image(base: str, repository: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.stress
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1500)
 def test_the_image_records_and_is_healthy_and_loses_nothing(image: str, tmp_path: Path) -> None:
     """Root of the container read-only, no capability, its own user; `podman stop` drains."""
     container = f"mdcollector-{uuid.uuid4().hex[:8]}"
