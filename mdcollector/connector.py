@@ -376,15 +376,22 @@ class Connector:
             self.venue.not_overlapped()
 
     async def _open_beside(self, old: Leg, decode: FilteredDecode) -> Leg:
-        """Open the next connection, trying again as long as the old one lives."""
+        """Open the next connection, within the venue's limits, trying again as long as the old one lives.
+
+        All connectors of a machine may be given notice at once, so even that is no reason to hurry past the limits.
+        """
         while True:
-            self._connects.take(1)  # never waits: the old connection is about to end
+            while wait_s := self._connects.take(1):
+                await self._wait(old, min(wait_s, ROLLOVER_RETRY_S))
+                self._raise_if_over(old)
             try:
                 return await self._open(decode)
-            except (Disconnected, RateLimited) as error:
+            except RateLimited as error:
+                self._connects.block(error.retry_after_s)
                 self._note(error, "rollover_failed")
-                wait_s = error.retry_after_s if isinstance(error, RateLimited) else ROLLOVER_RETRY_S
-                await self._wait(old, wait_s)
+            except Disconnected as error:
+                self._note(error, "rollover_failed")
+                await self._wait(old, ROLLOVER_RETRY_S)
                 self._raise_if_over(old)
 
     def _raise_if_over(self, leg: Leg) -> None:

@@ -6,6 +6,7 @@ off wanted URLs within the venue's weight budget and turns what goes wrong into 
 """
 
 import asyncio
+import math
 import random
 import socket
 import ssl
@@ -13,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import picows
 import tenacity
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
-from mdcollector.budget import Budget
+from mdcollector.budget import BLOCK_MOST_S, Budget
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, Disconnected, FrameError, RateLimited
 from mdcollector.exchanges import Fetch, Venue
@@ -178,10 +180,15 @@ def _waits_s(rate_limited: Mapping[int, float] | None) -> dict[int, float]:
 
 
 def _retry_after(value: str | None, default_s: float) -> float:
+    """Seconds that a Retry-After header asks for, by number or by date; `default_s` where it says nothing of sense."""
     try:
-        return max(1.0, float(value)) if value is not None else default_s
+        seconds = float(value) if value is not None else default_s
     except ValueError:
-        return default_s
+        try:
+            seconds = parsedate_to_datetime(str(value)).timestamp() - time.time()
+        except ValueError:
+            seconds = default_s
+    return min(max(1.0, seconds), BLOCK_MOST_S) if math.isfinite(seconds) else default_s
 
 
 def tls_context(ca_file: Path | None) -> ssl.SSLContext:

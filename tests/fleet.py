@@ -168,6 +168,25 @@ class Fleet:
                 process.send_signal(signal.SIGTERM)
             process.wait(WITHIN_S)
 
+    def refuse_one(self, feed: str, ticker: str) -> None:
+        """The exchange takes one stream no more, and the connection is lost: until all others are subscribed anew and
+        what is refused is named.
+        """
+        streams = self.stats()["streams"]
+        (name,) = (n for n, stream in streams.items() if (stream["feed"], stream["ticker"]) == (feed, ticker))
+        self.sim.fault("refuse", stream=name, rate=1)
+        self.sim.fault("disconnect")
+        self.wait_counter("stream_refused")
+        others = streams.keys() - {name}
+        until(
+            lambda: {s for conn in self.sim.state()["connections"] for s in conn["subscriptions"]} == others,
+            lambda: f"all but {name}; {self.sim.state()['connections']}",
+        )
+        until(lambda: f"refused {name}" in self.stats()["notes"], self.brief)
+        assert [n for n, stream in self.stats()["streams"].items() if stream["refused"]] == [name]
+        self.wait_more(feed, 20)
+        assert self.counter("connections") == 2, (self.brief(), self.sim.state()["violations"])
+
     # What they say
 
     def stats(self, name: str = "") -> dict[str, Any]:

@@ -223,6 +223,15 @@ def test_bans_stale_and_early_snapshots_a_crossed_book_and_a_wrong_clock(start: 
     assert flagged == {hit}
 
 
+def test_a_refused_stream_does_not_silence_its_batch(start: Start) -> None:
+    """F13. The venue refuses the whole request because of one stream: it is halved until that one is alone."""
+    fleet = start()
+    fleet.refuse_one("bbo", TICKERS[1])
+    assert fleet.counter("subscribe_bisected") >= 3
+    proof = fleet.finish(to_the_end=False)
+    assert proof.ok, str(proof)
+
+
 def test_a_frozen_path_is_given_up_though_rest_still_answers(start: Start) -> None:
     """Open interest is polled all the while: it is no sign of life of the streams, and the hole begins before it."""
     fleet = start(MARKET, stale_s=8.0)  # three instruments are polled every five seconds

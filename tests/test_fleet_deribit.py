@@ -2,13 +2,15 @@
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-from fleet import Fleet, until
+from fleet import WITHIN_S, Fleet, until
 
 KEY = {"client_id": "reader-1", "client_secret": "S3cr3t-of-the-tests"}
 ENV = {f"MDCOLLECTOR_DERIBIT_{name.upper()}": value for name, value in KEY.items()}
@@ -181,11 +183,87 @@ def test_10028_ends_the_session_and_the_next_one_is_slower(start: Start) -> None
 
 
 def test_unknown_channels_are_refused_one_by_one(start: Start) -> None:
-    """The venue leaves a channel that it does not know out of its reply; the others are recorded."""
-    fleet = start(intervals=["1m", "2h"])
-    refused = [name for name, proof in fleet.stats()["streams"].items() if proof["refused"]]
-    assert refused == []
-    fleet.sim.fault("refuse", stream="chart")
+    """F13. The venue leaves a channel that it does not know out of its reply; the others are recorded."""
+    fleet = start()
+    fleet.refuse_one("bbo", fleet.tickers[1])
+    assert fleet.counter("subscribe_bisected") == 0
+    proof = fleet.finish(to_the_end=False)
+    assert proof.ok, str(proof)
+
+
+def test_a_call_that_is_refused_as_a_whole_is_halved(start: Start) -> None:
+    """F13. An error names no channel: the one that it means is found, the others are recorded."""
+    fleet = start()
+    fleet.sim.fault("refuse", stream="quote.ETH-PERPETUAL", rate=1, code=11050)
     fleet.sim.fault("disconnect")
     fleet.wait_counter("stream_refused")
-    assert fleet.connector.poll() is None
+    until(
+        lambda: len(subscriptions(fleet)) == 5 * len(fleet.tickers) - 1, lambda: f"all others; {subscriptions(fleet)}"
+    )
+    assert fleet.stats()["notes"]["refused quote.ETH-PERPETUAL"].startswith("11050")
+    assert fleet.counter("subscribe_bisected") >= 3
+    proof = fleet.finish(to_the_end=False)
+    assert proof.ok, str(proof)
+
+
+# Limits
+
+
+def test_429_of_the_33rd_connection_is_waited_for(start: Start) -> None:
+    """F4. Others on this IP address have the places, HTTP included: neither is asked again before its time, and the
+    trades that were missed are fetched once there is room.
+    """
+    fleet = start(sim=("--limit", "connections_max=2"))
+    os.kill(fleet.connector.pid, signal.SIGSTOP)
+    with ExitStack() as others:
+        try:
+            fleet.sim.fault("disconnect")
+            fleet.sim.wait_state(lambda state: not state["connections"], 30)
+            first, second = (others.enter_context(connected(fleet.sim.ws_url)) for _ in range(2))
+            fleet.sim.wait_state(lambda state: len(state["connections"]) == 2, 30)
+        finally:
+            os.kill(fleet.connector.pid, signal.SIGCONT)
+        fleet.wait_counter("rate_limited")
+        assert "HTTP 429" in fleet.stats()["last_error"]
+        first.close()
+        fleet.wait_counter("connections", 2)
+        fleet.wait_more("trades", 20)
+        fleet.wait_counter("http_rate_limited")
+        second.close()
+    fleet.wait_live()
+    until(fleet.trades_are_proven, fleet.brief)
+    state = fleet.sim.state()
+    assert state["requests_before_retry_after"] == 0
+    assert state["counts"].get("connects_before_retry_after", 0) == 0
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+    assert proof.feeds["trades"].explained == 0
+
+
+@contextmanager
+def connected(ws_url: str) -> Iterator[socket.socket]:
+    """Another client's connection, which asks for nothing."""
+    host = urlsplit(ws_url)
+    with socket.create_connection((host.hostname, host.port), timeout=WITHIN_S) as client:
+        client.sendall(
+            b"GET /ws/api/v2 HTTP/1.1\r\nHost: sim\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert b" 101 " in client.recv(4096)
+        yield client
+
+
+def test_a_venue_that_has_no_time_is_asked_again(start: Start) -> None:
+    """Settlement or maintenance (11051): neither the login nor the raw channels are given up for it."""
+    fleet = start(env=ENV, sim=ACCEPTED, silent_s=5.0)
+    fleet.sim.fault("refuse", stream="login", code=11051)
+    fleet.sim.fault("refuse", stream="book.", code=10041)
+    fleet.sim.fault("disconnect")
+    fleet.wait_counter("venue_busy", 2)
+    fleet.wait_live()
+    assert len([name for name in subscriptions(fleet) if name.endswith(".raw")]) == 3 * len(fleet.tickers)
+    assert not [name for name, stream in fleet.stats()["streams"].items() if stream["refused"]]
+    assert fleet.stats()["notes"] == {}
+    fleet.wait_more("trades", 40)
+    proof = fleet.finish(book_stream="raw")
+    assert proof.ok, str(proof)

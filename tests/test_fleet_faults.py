@@ -16,6 +16,8 @@ from mdcollector.exchanges.binance import BinanceSpot
 from mdcollector.records import Flag
 
 EXCHANGES = tuple(TICKERS)
+BOOKS_OVER_HTTP = ("binance_spot",)  # whose books begin over HTTP; the others have their snapshots on the socket
+SHORT_GREETING = {"coinbase": ("--limit", "greeting_trades=1")}  # where what is missed comes with a greeting, too
 both_venues = pytest.mark.parametrize("exchange", EXCHANGES)
 # Where each instrument has a number of its own. Venues that number the connection have tests of their own for these.
 own_numbers = pytest.mark.parametrize("exchange", [e for e in EXCHANGES if e not in NUMBERED_CONNECTIONS])
@@ -184,6 +186,44 @@ def test_429_then_418_with_retry_after(start: Start) -> None:
     agrees(fleet)
 
 
+@pytest.mark.parametrize("exchange", [exchange for exchange in EXCHANGES if exchange not in BOOKS_OVER_HTTP])
+def test_429_and_418_where_books_come_over_the_socket(start: Start, exchange: str) -> None:
+    """F4. Not one request before the time, then the missing trades are fetched. Until then the socket is collected, and a
+    book that breaks meanwhile is told and comes back by it; after a ban that does not end the hole stands in `gaps`.
+    """
+    fleet = start(exchange, sim=SHORT_GREETING.get(exchange, ()), rate=150)
+    hit = fleet.tickers[0]
+    fleet.sim.fault("ban", seconds=2, status=429)
+    fleet.sim.fault("gap", stream=TRADE_STREAMS[exchange], ticker=hit, n=6)
+    until(lambda: fleet.sim.state()["http_429"] == 1, lambda: f"one answer 429; {fleet.brief()}")
+    fleet.wait_more("trades", 5)
+    fleet.wait_counter("gap_trades_filled_repaired")
+    fleet.settle()
+    fleet.sim.fault("ban", seconds=600, status=418)
+    fleet.sim.fault("gap", stream=TRADE_STREAMS[exchange], ticker=hit, n=6)
+    until(lambda: fleet.sim.state()["http_418"] == 1, lambda: f"one answer 418; {fleet.brief()}")
+    books_lost = fleet.counter("gap_orderbook_l2_sequence")
+    fleet.sim.fault("drop", stream=BOOK_STREAMS[exchange], ticker=hit)
+    fleet.wait_counter("gap_orderbook_l2_sequence", books_lost + 1)
+    until(lambda: not fleet.stats()["books_invalid_count"], lambda: f"the book is live again; {fleet.brief()}")
+    page = fleet.stats()
+    assert page["fetch_blocked_until_ns"] > page["data_ns"]
+    assert page["fetches_waiting"]
+    fleet.wait_more("trades", 20)
+    fleet.wait_more("orderbook_l2", 20)
+    state = fleet.sim.state()
+    assert state["requests_before_retry_after"] == 0
+    assert (state["http_429"], state["http_418"]) == (1, 1)
+    assert not state["violations"]
+    fleet.stop(fleet.connector, fleet.writer)
+    proof = fleet.prove()
+    assert proof.ok, str(proof)
+    assert proof.feeds["trades"].repaired >= 6
+    gaps = [gap for gap in fleet.rows("gaps") if gap["ticker"] == hit]
+    assert {gap["repaired"] for gap in gaps if gap["feed"] == "trades"} == {True, False}
+    assert [gap for gap in gaps if gap["feed"] == "orderbook_l2"]
+
+
 def test_a_refused_handshake_is_not_repeated_before_retry_after(start: Start) -> None:
     """The venue lets nobody in for a while: attempts stop for as long as it says."""
     fleet = start("binance_spot", sim=("--limit", "connects_max=2", "--limit", "connects_window_s=2"))
@@ -192,7 +232,9 @@ def test_a_refused_handshake_is_not_repeated_before_retry_after(start: Start) ->
         fleet.sim.fault("disconnect")
         until(lambda before=before: fleet.counter("connections") > before, lambda: f"reconnected; {fleet.brief()}")
         fleet.wait_live()
-    assert fleet.sim.state()["counts"].get("connects_refused", 0) <= 3
+    counts = fleet.sim.state()["counts"]
+    assert counts.get("connects_refused", 0) <= 3
+    assert counts.get("connects_before_retry_after", 0) == 0
     agrees(fleet)
 
 
@@ -238,6 +280,7 @@ def test_a_rollover_that_cannot_connect_keeps_the_old_connection(start: Start) -
     until(
         lambda: fleet.counter("connections") == 2 and fleet.stats().get("state") == "connected", "replaced in the end"
     )
+    assert fleet.sim.state()["counts"].get("connects_before_retry_after", 0) == 0
     agrees(fleet)
     assert not fleet.prove().gaps
 
@@ -318,14 +361,10 @@ def test_heartbeats_do_not_count_as_data(start: Start, exchange: str) -> None:
 
 @own_numbers
 def test_refused_subscription_leaves_the_others_alone(start: Start, exchange: str) -> None:
-    """A venue that refuses once is counted, shown, and does not stop the process."""
+    """F13. One stream is refused for good, with its whole request where the venue does that: all others are recorded."""
     fleet = start(exchange)
-    fleet.sim.fault("refuse")
-    fleet.sim.fault("disconnect")
-    fleet.wait_counter("stream_refused")
-    page = until(lambda: (p := fleet.stats())["notes"] and p, "notes")
-    assert any(name.startswith("refused ") for name in page["notes"]), page["notes"]
-    assert fleet.connector.poll() is None
+    fleet.refuse_one("bbo", fleet.tickers[1])
+    agrees(fleet, to_the_end=False)
 
 
 # Snapshots

@@ -56,7 +56,7 @@ def subscriptions(fleet: Fleet) -> set[str]:
     return {name for conn in fleet.sim.state()["connections"] for name in conn["subscriptions"]}
 
 
-def connect_with(fleet: Fleet, **constants: int) -> None:
+def connect_with(fleet: Fleet, *, keyed: bool = False, **constants: int) -> None:
     """Start writer and connector, the latter with other constants of its venue, so that nobody waits for minutes."""
     fleet.writer = fleet.write()
     changes = "; ".join(f"okx.{name} = {value}" for name, value in constants.items())
@@ -65,7 +65,9 @@ def connect_with(fleet: Fleet, **constants: int) -> None:
     fleet.logs.append(log)
     with open(log, "wb") as out:
         command = [sys.executable, "-c", code, "connect", fleet.NAME, "-c", str(fleet.config)]
-        fleet.connector = subprocess.Popen(command, stdout=out, stderr=out)
+        fleet.connector = subprocess.Popen(
+            command, stdout=out, stderr=out, env={**os.environ, **ENV} if keyed else None
+        )
     fleet.processes.append(fleet.connector)
     fleet.wait_live()
 
@@ -270,6 +272,53 @@ def test_a_refused_login_or_tier_is_said_and_the_public_books_are_recorded(
     agrees(fleet)
     assert 1 <= refused <= len(fleet.tickers)
     assert not [secret for secret in (*KEY.values(), "another-S3cr3t")[1:] if secret in fleet.tail()]
+
+
+# Limits
+
+
+def test_50011_under_http_200_is_a_limit_too(start: Start) -> None:
+    """F4. The venue's own code says it, not the status: it is waited, and the trades are fetched afterwards."""
+    fleet = start()
+    fleet.sim.fault("ban", seconds=3, status=200)
+    fleet.sim.fault("gap", stream="trades:", ticker=fleet.tickers[0], n=4)
+    fleet.wait_counter("http_rate_limited")
+    fleet.wait_counter("gap_trades_filled_repaired")
+    assert fleet.counters("refused_") == {}
+    assert fleet.counter("trade_repair_refused") == 0
+    assert fleet.counter("http_requests") <= 8, "one each two seconds while it lasts"
+    agrees(fleet)
+    assert fleet.prove().feeds["trades"].explained == 0
+
+
+def test_60014_brings_a_connection_that_has_requests_left(start: Start) -> None:
+    """F4. By the venue's count this connection has none for a book that must be taken anew; a new one is opened first."""
+    fleet = start(sim=("--limit", "requests_per_hour=2"))
+    hit = fleet.tickers[0]
+    fleet.sim.fault("drop", stream="books:", ticker=hit)
+    fleet.wait_counter("venue_rate_limited")
+    fleet.wait_counter("rollovers")
+    until(lambda: len(fleet.sim.state()["connections"]) == 1, "one connection is left")
+    fleet.settle()
+    fleet.wait_more("orderbook_l2", 50)
+    assert fleet.counter("disconnected") == 0
+    assert fleet.counter("connections") == 2
+    assert fleet.sim.state()["violations"] == {"requests_per_hour": 1}
+    agrees(fleet)
+    gaps = [row for row in fleet.rows("gaps") if row["feed"] == "orderbook_l2"]
+    assert {row["ticker"] for row in gaps} == {hit}
+
+
+def test_a_login_that_came_too_soon_is_sent_again(make: Start) -> None:
+    """F4. 60014 says nothing against the key: the fast books are not given up for it."""
+    fleet = make(sim=(*ACCEPTED, "--fault", "refuse:stream=login,code=60014"))
+    connect_with(fleet, keyed=True, LOGIN_AGAIN_NS=500_000_000)
+    assert {name for name in subscriptions(fleet) if name.startswith("books")} == {f"{TBT}:{t}" for t in fleet.tickers}
+    assert fleet.stats()["notes"] == {}
+    assert fleet.counter("venue_rate_limited") == 1
+    assert fleet.counter("connections") == 1
+    fleet.wait_more("trades", 40)
+    agrees(fleet, book_stream=TBT)
 
 
 # The life of a connection

@@ -913,7 +913,7 @@ def test_leaving_one_of_those_that_share_a_stream_leaves_it_to_the_others(make: 
     assert written() == [stays, goes]
 
 
-def test_an_error_refuses_the_stream_that_it_names_or_the_whole_request(make: Make) -> None:
+def test_an_error_refuses_the_stream_that_it_names_or_halves_the_request(make: Make) -> None:
     names = [f"tickers:T{n}-USDT" for n in range(4)]
     venue = make(*[stream(name, "tickers", name.partition(":")[2]) for name in names])
     venue.opened()
@@ -929,8 +929,14 @@ def test_an_error_refuses_the_stream_that_it_names_or_the_whole_request(make: Ma
     assert [bool(s.acknowledged_ns) for s in states] == [True, False, False, False]
     assert [s.refused.partition(" ")[0] for s in states] == ["", "60018", "", ""]
     venue.decode(json.dumps({**error, "code": "60012", "msg": "Invalid request"}).encode())
-    assert [s.refused.partition(" ")[0] for s in states] == ["", "60018", "60012", "60012"]
-    assert venue.emit.counters["stream_refused"] == 3
+    assert [s.refused.partition(" ")[0] for s in states] == ["", "60018", "", ""]
+    halves = sent(venue)
+    assert [[arg["instId"] for arg in half["args"]] for half in halves] == [["T2-USDT"], ["T3-USDT"]]
+    venue.decode(json.dumps({**error, "id": halves[0]["id"], "code": "60012", "msg": "Invalid request"}).encode())
+    venue.decode(json.dumps({**ack, "id": halves[1]["id"], "arg": halves[1]["args"][0]}).encode())
+    assert [s.refused.partition(" ")[0] for s in states] == ["", "60018", "60012", ""]
+    assert [bool(s.acknowledged_ns) for s in states] == [True, False, False, True]
+    assert venue.emit.counters["stream_refused"] == 2
     with pytest.raises(FrameError, match="60012"):  # of no request that is known
         venue.decode(json.dumps({**error, "code": "60012", "msg": "Invalid request"}).encode())
 

@@ -42,7 +42,7 @@ class Limits(msgspec.Struct, frozen=True):
     """What a venue allows. Every number stands in the venue's file with its source and date."""
 
     streams_per_connection: int
-    messages_per_s: float  # client messages on one connection
+    messages_per_s: float  # client messages on one connection; as many may go at once before that
     connects: tuple[int, float]  # new connections per so many seconds, per IP
     weight: tuple[int, float]  # request weight per so many seconds, per IP
     lifetime_s: float  # the venue ends a connection after this long; 0 = never
@@ -511,7 +511,10 @@ class Venue(ABC):
         """The venue confirmed these subscriptions."""
         for name in names:
             if (state := self.proof.get(name)) is not None:
-                state.acknowledged_ns, state.refused = now_ns, ""
+                state.acknowledged_ns = now_ns
+                if state.refused:
+                    state.refused = ""
+                    self.notes.pop(f"refused {name}", None)
 
     def refuse(self, names: Sequence[str], reason: str) -> None:
         """The venue refused these subscriptions; the other ones stay."""
@@ -521,6 +524,16 @@ class Venue(ABC):
             self.notes[f"refused {name}"] = reason
             if (state := self.proof.get(name)) is not None:
                 state.refused = reason
+
+    def refuse_batch(self, names: Sequence[str], reason: str) -> None:
+        """The venue refused these subscriptions as a whole: ask for each half, until the one that it means is alone."""
+        half = len(names) // 2
+        if half:
+            self.emit.counters["subscribe_bisected"] += 1
+            self.subscribe(names[:half])
+            self.subscribe(names[half:])
+        else:
+            self.refuse(names, reason)
 
 
 def decode_body(decode: Callable[[bytes], _Body], body: bytes) -> _Body:

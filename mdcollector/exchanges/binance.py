@@ -420,7 +420,7 @@ class Binance(Venue):
             reason = envelope.msg or bytes(envelope.error).decode(errors="replace")
             if method != "SUBSCRIBE":
                 raise FrameError("venue_error", f"{method}: {envelope.code} {reason}")
-            self.refuse(names, reason)
+            self.refuse_batch(names, reason)
         elif method == "SUBSCRIBE":
             self.acknowledge(names, time.time_ns())
         elif not method and not self.open_world:
@@ -680,7 +680,7 @@ class BinanceSpot(Binance):
     TRADES_WEIGHTS: ClassVar[Mapping[str, int]] = {"trades": 25, "historicalTrades": 25, "aggTrades": 4}  # 2026-07
     LIMITS = Limits(
         streams_per_connection=400,  # 1024 allowed (web-socket-streams.md, 2026-07); 400 keep one core's bursts short
-        messages_per_s=4,  # 5 a second, pongs included
+        messages_per_s=2,  # 5 within a second, pongs included: two at once, two that flow in, a pong
         connects=(300, 300.0),
         weight=(6000, 60.0),  # REQUEST_WEIGHT, rest-api.md and exchangeInfo, 2026-07
         lifetime_s=24 * 3600.0,
@@ -733,7 +733,7 @@ class BinanceFutures(Binance):
     TRADES_WEIGHTS: ClassVar[Mapping[str, int]] = {"trades": 5, "historicalTrades": 20, "aggTrades": 20}
     LIMITS = Limits(
         streams_per_connection=200,  # 1024 in the newest copy of the documents, 200 in older ones
-        messages_per_s=8,  # 10 a second, pongs included
+        messages_per_s=4,  # 10 within a second, pongs included
         connects=(300, 300.0),  # the rule of spot; not documented here
         weight=(2400, 60.0),  # REQUEST_WEIGHT, also in exchangeInfo
         lifetime_s=24 * 3600.0,

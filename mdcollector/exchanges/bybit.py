@@ -512,17 +512,10 @@ class Bybit(Venue):
         elif op != "subscribe":
             if not envelope.success:
                 raise FrameError("venue_error", f"{op}: {envelope.ret_msg}")
-        elif envelope.success:
+        elif envelope.success or (len(topics) == 1 and _ALREADY in envelope.ret_msg):
             self.acknowledge(topics, time.time_ns())
-        elif len(topics) > 1:  # one bad topic fails all of them: halve until it is alone
-            self.emit.counters["subscribe_bisected"] += 1
-            middle = len(topics) // 2
-            self._request(op, topics[:middle])
-            self._request(op, topics[middle:])
-        elif _ALREADY in envelope.ret_msg:
-            self.acknowledge(topics, time.time_ns())
-        else:
-            self.refuse(topics, envelope.ret_msg)
+        else:  # one bad topic fails all of them
+            self.refuse_batch(topics, envelope.ret_msg)
 
     def _reply_by_topic(self, envelope: _Envelope) -> None:
         topics = _decode_topics(envelope.data) if len(envelope.data) else _Topics()

@@ -44,8 +44,12 @@ NEVER_MS = 4_102_444_800_000  # an expiry from the year 2100 on is none
 REFRESH_SHARE = 0.8  # of a token's life, then it is refreshed
 _NOTHING = msgspec.Raw(b"")
 _TOO_MANY_REQUESTS, _RAW_UNAUTHORIZED = 10028, 13778
-_BAD_AUTH = (13004, 13009)  # invalid_credentials, unauthorized
+# retry, settlement_in_progress, queue full, too_many_concurrent_requests, system_maintenance, temporarily_unavailable,
+# timed_out: codes that other clients were seen to retry on
+_NOT_NOW = (10040, 10041, 10047, 10066, 11051, 13028, 13888)
+AGAIN_NS = 10_000_000_000  # after one of those, what a connection begins with is sent once more
 _LOGIN, _REFRESH = "client_credentials", "refresh_token"  # grant types of public/auth
+_HEARTBEAT = "public/set_heartbeat"
 
 _INTERVALS = {
     "1": "1m", "3": "3m", "5": "5m", "10": "10m", "15": "15m", "30": "30m", "60": "1h", "120": "2h", "180": "3h",
@@ -284,6 +288,8 @@ class Deribit(Venue):
         self._refresh_token = ""
         self._refresh_at_ns = 0
         self._had_raw = self._login_lost = False  # on this connection
+        self._begin_again: dict[str, int] = {}  # what the venue had no time for -> when it is asked again
+        self._login_waits = False  # the login is among that, or was, and is not answered yet
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._candles: dict[tuple[str, str], Chart] = {}
@@ -327,18 +333,27 @@ class Deribit(Venue):
         self._requests.clear()
         self._refresh_token, self._refresh_at_ns = "", 0
         self._had_raw = self._login_lost = False
-        self._call("public/set_heartbeat", {"interval": HEARTBEAT_S})
+        self._begin_again.clear()
+        self._login_waits = False
+        self._begin(_HEARTBEAT)
         if self.options.credentials:
-            # Subscribing waits for the reply: the token belongs to the connection.
-            self._call("public/auth", {"grant_type": _LOGIN, **self.options.credentials})
+            self._begin(_LOGIN)  # subscribing waits for the reply: the token belongs to the connection
         else:
             self.subscribe([stream.name for stream in self.streams])
+
+    def _begin(self, what: str) -> None:
+        if what == _LOGIN:
+            self._call("public/auth", {"grant_type": _LOGIN, **self.options.credentials})
+        else:
+            self._call(_HEARTBEAT, {"interval": HEARTBEAT_S})
 
     def closing(self) -> list[str]:
         self._request_id += 1
         return [_rpc(self._request_id, "public/unsubscribe_all", {})]
 
     def subscribe(self, names: Sequence[str]) -> None:
+        if self._login_waits:
+            return  # raw channels would be refused now; the login brings all of them
         self._call_for("public/subscribe", names)
 
     def unsubscribe(self, names: Sequence[str]) -> None:
@@ -357,6 +372,9 @@ class Deribit(Venue):
         if self._refresh_at_ns and now_ns > self._refresh_at_ns:
             self._refresh_at_ns = 0
             self._call("public/auth", {"grant_type": _REFRESH, "refresh_token": self._refresh_token})
+        for what in [what for what, due_ns in self._begin_again.items() if now_ns > due_ns]:
+            del self._begin_again[what]
+            self._begin(what)
         for ticker in [t for t in self._resubscribe if (book := self.books.get(t)) is None or book.state is LIVE]:
             del self._resubscribe[ticker]  # a late message healed it meanwhile
         due = [t for t, asked in self._resubscribe.items() if now_ns - asked > RESUBSCRIBE_RETRY_NS]
@@ -373,6 +391,7 @@ class Deribit(Venue):
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
         self._refresh_at_ns = 0
+        self._begin_again.clear()
         self._candles.clear()  # what was the open candle may have changed before it closed
         self._resubscribe.clear()  # the new connection begins every book with a snapshot
 
@@ -398,6 +417,7 @@ class Deribit(Venue):
             self._refresh_token = token.refresh_token
             self._refresh_at_ns = time.time_ns() + int(token.expires_in * REFRESH_SHARE * 1e9)
             if method == _LOGIN:
+                self._login_waits = False
                 self.subscribe([stream.name for stream in self.streams])
         elif method == "public/subscribe":
             confirmed = _decode_names(envelope.result)
@@ -418,10 +438,16 @@ class Deribit(Venue):
             self.wants.append(Reconnect("token_refused", overlap=True))  # a new connection begins with a login
         elif error.code == _RAW_UNAUTHORIZED and (self._had_raw or (self.overlapping and not method)):
             self._lost_login(text)
-        elif error.code == _RAW_UNAUTHORIZED or (method == _LOGIN and error.code in _BAD_AUTH):
+        elif error.code in _NOT_NOW:
+            self.emit.counters["venue_busy"] += 1  # a subscription stays unconfirmed, so it is asked for again
+            self._login_waits |= method == _LOGIN
+            if method in (_LOGIN, _HEARTBEAT):
+                self._begin_again[method] = time.time_ns() + AGAIN_NS
+        elif error.code == _RAW_UNAUTHORIZED or method == _LOGIN:  # whatever it has against it: record what is public
+            self._login_waits = False
             self._fall_back(text)
         elif channels and method == "public/subscribe":
-            self.refuse(channels, text)
+            self.refuse_batch(channels, text)
         else:
             raise FrameError("venue_error", f"{method}: {text}")
 

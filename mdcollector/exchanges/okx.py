@@ -25,7 +25,7 @@ import msgspec
 
 from mdcollector.continuity import HOLE, LIVE, NEXT, OLD, BookSync, TradeRow, TradeSync
 from mdcollector.emit import Emit, Instrument
-from mdcollector.errors import FrameError
+from mdcollector.errors import FrameError, RateLimited
 from mdcollector.exchanges import (
     Fetch,
     Id,
@@ -57,6 +57,10 @@ CHECKSUM_LEVELS = 25
 OPTION_FAMILIES = ("BTC-USD", "ETH-USD")  # options are listed by family only; these are all since 2020
 INDEX_TICKERS_MAX = 1000  # instruments that one price of an index is written for
 _HOUR_NS = 3_600_000_000_000
+# Answers over HTTP, whatever their status, that mean "not now", and how long nobody asks: too many requests (limits are
+# within 2 s); busy; service unavailable, system error. error codes of docs-v5, 2026
+_NOT_NOW_S = {"50011": 2.0, "50013": 2.0, "50001": 10.0, "50026": 10.0}
+LOGIN_AGAIN_NS = 10_000_000_000  # after one that came too soon
 _NOT_YET, _TOO_FREQUENT, _UPGRADE = "60011", "60014", "64008"
 _TBT, _BOOKS = "books-l2-tbt", "books"
 _TBT_REFUSED = (_NOT_YET, "60029", "64003")  # login needed, tier too low
@@ -363,7 +367,10 @@ class Okx(Venue):
         self._pending: dict[str, list[str]] = {}  # request id -> streams that are neither confirmed nor refused yet
         self._request_id = 0
         self._requests_ns: deque[int] = deque(maxlen=REQUESTS_PER_HOUR)  # of this connection, the newest ones
+        self._is_used_up = False  # the venue said that they are too many
         self._login_ns = 0  # when a login was sent that is not answered yet
+        self._login_again_ns = 0  # when another one is to be sent
+        self._login_waits = False  # one came too soon, and none was answered otherwise yet
         self._pinged_ns = self._ponged_ns = 0
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
@@ -431,18 +438,22 @@ class Okx(Venue):
     def opened(self) -> None:
         self._pending.clear()
         self._requests_ns.clear()
+        self._is_used_up = False
         self._pinged_ns = self._ponged_ns = time.time_ns()
-        self._login_ns = 0
+        self._login_ns = self._login_again_ns = 0
+        self._login_waits = False
         if any(stream.name.startswith(f"{_TBT}:") for stream in self.streams):
-            # Subscribing waits for the reply: without a login these books are refused.
-            self._login_ns = time.time_ns()
-            self._count_request()
-            self.wants.append(Send(self._login()))
+            self._log_in()  # subscribing waits for the reply: without a login these books are refused
         else:
             self._subscribe_all()
 
     def _subscribe_all(self) -> None:
         self.subscribe([stream.name for stream in self.streams])
+
+    def _log_in(self) -> None:
+        self._login_ns, self._login_again_ns = time.time_ns(), 0
+        self._count_request()
+        self.wants.append(Send(self._login()))
 
     def _login(self) -> str:
         """GET /users/self/verify signed with the secret (docs-v5, WebSocket login)."""
@@ -453,7 +464,8 @@ class Okx(Venue):
         return _json({"op": "login", "args": [arg]})
 
     def subscribe(self, names: Sequence[str]) -> None:
-        self._request("subscribe", names)
+        if not self._login_waits:  # else they would be refused now; the login brings all of them
+            self._request("subscribe", names)
 
     def unsubscribe(self, names: Sequence[str]) -> None:
         self._request("unsubscribe", names)
@@ -480,7 +492,9 @@ class Okx(Venue):
 
     def tick(self, now_ns: int) -> None:
         self._keep_alive(now_ns)
-        if self._login_ns and now_ns - self._login_ns > REPLY_WITHIN_NS:
+        if self._login_again_ns and now_ns > self._login_again_ns:
+            self._log_in()
+        elif self._login_ns and now_ns - self._login_ns > REPLY_WITHIN_NS:
             self._fall_back("login unanswered")
         self._take_books_anew(now_ns)
 
@@ -523,7 +537,7 @@ class Okx(Venue):
     def disconnected(self, cause: str) -> None:
         super().disconnected(cause)
         self._pending.clear()
-        self._login_ns = 0
+        self._login_ns = self._login_again_ns = 0
         self._resubscribe.clear()  # the new connection begins every book with a snapshot
 
     # Messages that are no data
@@ -554,7 +568,7 @@ class Okx(Venue):
             self.acknowledge([name], time.time_ns())
             self._answered(name)
         elif event == "login":
-            self._login_ns = 0
+            self._login_ns, self._login_waits = 0, False
             self._subscribe_all()
         elif event == "error":
             self._error(envelope)
@@ -579,18 +593,24 @@ class Okx(Venue):
         request = self._pending.get(envelope.id)
         found = _ARG_IN_TEXT.search(envelope.msg)
         name = f"{found[1]}:{found[2]}" if found else ""
-        if self._login_ns:
-            self._fall_back(text)
-        elif envelope.code == _TOO_FREQUENT:
-            self.emit.counters["venue_rate_limited"] += 1  # what was asked for stays unanswered, and is asked again
-        elif envelope.code in _TBT_REFUSED and any(s.name.startswith(f"{_TBT}:") for s in self.streams):
+        if envelope.code == _TOO_FREQUENT:
+            self.emit.counters["venue_rate_limited"] += 1
+            if self._login_ns:
+                self._login_ns, self._login_again_ns = 0, time.time_ns() + LOGIN_AGAIN_NS
+                self._login_waits = True
+            elif not self._is_used_up:  # once: by the venue's count this connection has no more requests, a new one has
+                self._is_used_up = True
+                self.wants.append(Reconnect("too_many_requests", overlap=True))
+        elif self._login_ns or (
+            envelope.code in _TBT_REFUSED and any(s.name.startswith(f"{_TBT}:") for s in self.streams)
+        ):
             self._fall_back(text)
         elif name in self.proof:
             self.refuse([name], text)
             self._answered(name)
-        elif request is not None:  # the whole of it
-            self.refuse(request, text)
+        elif request is not None:  # all of it that has no answer yet
             del self._pending[envelope.id]
+            self.refuse_batch(request, text)
         else:
             raise FrameError("venue_error", text)
 
@@ -599,6 +619,7 @@ class Okx(Venue):
         self.emit.counters["tbt_refused"] += 1
         self.notes["credentials"] = f"{reason}: books each 100 ms instead of each change"
         waiting_for_login, self._login_ns = bool(self._login_ns), 0
+        self._login_waits = False
         changed = [_without_login(s.name) for s in self.streams if s.name.startswith(f"{_TBT}:")]
         self.streams = [Stream(_without_login(s.name), s.feed, s.ticker, s.path, s.also) for s in self.streams]
         self.proof = {_without_login(name): state for name, state in self.proof.items()}
@@ -906,8 +927,10 @@ def _info(i: _Instrument) -> InstrumentInfo:
 
 
 def _data_of(body: bytes) -> msgspec.Raw:
-    """The `data` of an answer over HTTP; FrameError when it is an error."""
+    """The `data` of an answer over HTTP; RateLimited or FrameError when it is an error."""
     answer = decode_body(_decode_answer, body)
+    if answer.code in _NOT_NOW_S:
+        raise RateLimited(_NOT_NOW_S[answer.code], f"{answer.code} {answer.msg}")
     if answer.code != "0" or not len(answer.data):
         raise FrameError("venue_error", f"{answer.code} {answer.msg}")
     return answer.data

@@ -696,6 +696,8 @@ class Deribit(Venue):
         return client_id
 
     def _on_auth(self, session: Session, params: dict[str, Any], _private: bool) -> object:
+        if fault := self.exchange.refused(session, "login", ""):
+            raise _Rpc(int(fault.number("code")) or 13004, "login refused")
         client_id, result = self._token(params)
         others = sum(1 for s in self.exchange.sessions.values() if s is not session and s.own.client_id == client_id)
         if others >= self.limit["sessions_per_key"]:
@@ -736,8 +738,11 @@ class Deribit(Venue):
         known = [channel for channel in channels if self._known(channel)]
         if not own.client_id and any(channel.endswith("." + RAW) for channel in known):
             raise _Rpc(13778, "raw_subscriptions_not_available_for_unauthorized")
-        if any(self.exchange.refused(session, channel, _ticker_of(channel)) for channel in known):
-            raise _Rpc(11050, "bad_request", {"reason": "subscription refused"})
+        for channel in list(known):
+            if fault := self.exchange.refused(session, channel, _ticker_of(channel)):
+                if code := int(fault.number("code")):
+                    raise _Rpc(code, "subscription refused")
+                known.remove(channel)  # left out of the reply, as a channel that does not exist
         params["channels"] = [channel for channel in known if channel not in session.subs]
         return known
 

@@ -62,7 +62,11 @@ KINDS: dict[str, Kind] = {
         "a REST answer with status 200 is spoilt; kind=half|empty|types|nan|absurd|text, without it each in turn",
         {"kind": "any"},
     ),
-    "refuse": Kind(REQUEST, "a subscription is refused with the venue's error"),
+    "refuse": Kind(
+        REQUEST,
+        "a subscription (or stream=login) is refused with the venue's error; code= another one than usual, where it has codes",
+        {"code": 0},
+    ),
     "ignore": Kind(REQUEST, "a subscription gets no answer and brings nothing"),
     "stale_snapshot": Kind(REQUEST, "a book snapshot that is some seconds old"),
     "future_snapshot": Kind(REQUEST, "a book snapshot newer than everything sent: the streams lag by ms", {"ms": 1000}),

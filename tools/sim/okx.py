@@ -588,7 +588,9 @@ class Okx(Venue):
         now, own = str(arg.get("timestamp", "")), session.own
         secret, _, passphrase = self.credentials.get(str(arg.get("apiKey", "")), "").partition("/")
         sign = hmac.new(secret.encode(), f"{now}GET/users/self/verify".encode(), hashlib.sha256).digest()
-        if not secret:
+        if fault := self.exchange.refused(session, "login", ""):
+            self._error(session, message, (f"{fault.number('code') or 60007:.0f}", "Login refused"))
+        elif not secret:
             self._error(session, message, ("60032", "API key doesn't exist"))
         elif not now.isdigit() or abs(int(now) - self.exchange.clock_us() / SECOND_US) > 30:
             self._error(session, message, ("60006", "Timestamp request expired"))
@@ -671,7 +673,9 @@ class Okx(Venue):
     # HTTP.
 
     def ban_reply(self, status: int, retry_after_s: int) -> Reply:
-        return Reply(_answer("50011", "Too Many Requests"), status, {"Retry-After": str(retry_after_s)})
+        """As the venue has it: with its own code, under 429 as under 200, where nothing says how long to wait."""
+        headers = {"Retry-After": str(retry_after_s)} if status != 200 else {}
+        return Reply(_answer("50011", "Too Many Requests"), status, headers)
 
     async def http(self, request: Request) -> Reply:
         endpoint = request.path.removeprefix("/api/v5/")

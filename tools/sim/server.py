@@ -314,6 +314,7 @@ class Exchange:
         self.paths: Counter[str] = Counter()
         self.violations: Counter[str] = Counter()
         self.retry_until_s: dict[str, float] = {}  # ip -> end of the longest Retry-After that it was given
+        self.reconnect_until_s: dict[str, float] = {}  # the same for connections
         self.skew_us = 0
         self.halted: dict[str, Instrument] = {}  # listed, but not trading
         self.finer: Counter[str] = Counter()  # ticker -> how many times its tick size became ten times finer
@@ -428,12 +429,12 @@ class Exchange:
             self._fault_line(fault, ticker=ticker, last=book.update_id)
         return book.update_id, book.engine_id, book.levels(BID), book.levels(ASK)
 
-    def refused(self, session: Session, stream: str, ticker: str) -> bool:
-        """Whether a fault refuses this subscription."""
+    def refused(self, session: Session, stream: str, ticker: str) -> Fault | None:
+        """The fault that refuses this subscription, if one does."""
         fault = self.faults.for_request("refuse", stream, ticker, session.id, session.agent)
         if fault:
             self._fault_line(fault, stream=stream, ticker=ticker, conns=[session.id])
-        return fault is not None
+        return fault
 
     def ignored(self, session: Session, streams: Mapping[str, str]) -> bool:
         """Whether a fault leaves a request for any of these streams (with their tickers) without an answer."""
@@ -851,8 +852,12 @@ class Exchange:
         self.counts["connects"] += 1
         if self._ending:
             return web.Response(status=503)
+        if self.now_s < self.reconnect_until_s.get(request.ip, 0.0):
+            self.counts["connects_before_retry_after"] += 1
         if refusal := self.venue.refuse_ws(request):
             self.counts["connects_refused"] += 1
+            if "Retry-After" in refusal.headers:
+                self.reconnect_until_s[request.ip] = self.now_s + float(refusal.headers["Retry-After"])
             return web.Response(
                 text=refusal.body, status=refusal.status, headers=refusal.headers, content_type="application/json"
             )
