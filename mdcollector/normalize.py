@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from mdcollector.emit import Emit
-from mdcollector.errors import ConfigError, FrameError
+from mdcollector.errors import ConfigError, FrameError, RateLimited
 from mdcollector.exchanges import Options, Venue, venue_class
 from mdcollector.recording import Entry, read_recording
 from mdcollector.writer import Report as WriterReport
@@ -121,6 +121,8 @@ class _Run:
                 self._open.add(entry.conn)
         except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
             self.emit.refused_error(error, raw)
+        except RateLimited as error:  # an answer that told the recorder to wait
+            self.emit.refused("rate_limited", raw, str(error))
         self.venue.wants.clear()  # a recording answers what was asked when it was made
         self._drain_if_due()
 

@@ -50,6 +50,21 @@ def causes(out: Path) -> list[tuple[Any, ...]]:
     return list(zip(*(gaps[c] for c in ("feed", "first_id", "last_id", "cause")), strict=True)) if gaps else []
 
 
+@pytest.mark.parametrize(
+    ("exchange", "url", "body"),
+    [
+        ("okx", "https://x/api/v5/market/history-trades?instId=A-B&after=9", '{"code":"50011","msg":"Too Many Requests","data":[]}'),
+        ("bybit_linear", "https://x/v5/market/recent-trade?category=linear&symbol=AB",
+         '{"retCode":10006,"retMsg":"Too many visits!","result":{},"time":1}'),
+    ],
+)  # fmt: skip
+def test_an_answer_that_told_the_recorder_to_wait_is_counted(tmp_path: Path, exchange: str, url: str, body: str) -> None:
+    told = Entry(t=NOW_NS, conn="h", dir="http", url=url, raw=body)
+    report = normalize(exchange, [write(tmp_path / "r.jsonl", told)], tmp_path / "out")
+    assert report.counters["refused_rate_limited"] == 1
+    assert report.entries == 1
+
+
 def test_recordings_are_taken_in_the_order_given(tmp_path: Path) -> None:
     first = write(tmp_path / "z.jsonl", snapshot(10), depth(11, 11), trade(1))
     second = write(tmp_path / "a.jsonl.zst", depth(12, 12), trade(2))
