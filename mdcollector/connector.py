@@ -56,6 +56,7 @@ OVERLAP_TAIL_MOST_S = 30.0
 OVERLAP_FRAMES_MAX = 200_000  # frames remembered to drop what both connections bring
 WEIGHT_SHARE = 0.8  # of a venue's request weight: the rest is for whoever else uses this IP address
 SHUTDOWN_S = 2.0
+BUDGETS = "_budgets"  # below the rings
 
 
 class OverlapFilter:
@@ -132,9 +133,9 @@ class Connector:
         self._tls: ssl.SSLContext | None = None
         if any(url.startswith(("wss", "https")) for url in (self._ws_url, *rest_urls)):
             self._tls = tls_context(Path(settings.ca_file) if settings.ca_file else None)
-        limits, budgets, family = kind.LIMITS, rings / "_budgets", kind.FAMILY or kind.NAME
+        limits, budgets, family = kind.LIMITS, rings / BUDGETS, kind.FAMILY or kind.NAME
         self._connects = Budget(budgets / f"{family}-connects", *limits.connects)
-        weight = Budget(budgets / f"{family}-weight", limits.weight[0] * WEIGHT_SHARE, limits.weight[1])
+        weight = weight_budget(rings, kind)
         self._polled = not kind.WS_URL
         tries = 1 if self._polled else HTTP_TRIES  # polls come again by themselves, the next host may answer at once
         self._fetcher = Fetcher(
@@ -618,6 +619,12 @@ class Connector:
                 **emit.snapshot(),
             }
         )
+
+
+def weight_budget(rings: Path, kind: type[Venue]) -> Budget:
+    """What all processes of this machine that use these rings may request of a family of venues."""
+    allowed, per_s = kind.LIMITS.weight
+    return Budget(rings / BUDGETS / f"{kind.FAMILY or kind.NAME}-weight", allowed * WEIGHT_SHARE, per_s)
 
 
 def rest_hosts(settings: ConnectorConfig, kind: type[Venue]) -> list[str]:

@@ -23,8 +23,9 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from mdcollector.budget import Budget
 from mdcollector.config import ConnectorConfig, FleetConfig
-from mdcollector.connector import rest_hosts, selection, venue_options
+from mdcollector.connector import rest_hosts, selection, venue_options, weight_budget
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
 from mdcollector.records import DATA_FEEDS, FEEDS
@@ -40,6 +41,7 @@ STOP_CONNECTOR_S, STOP_ARBITER_S, STOP_WRITER_S = 20.0, 40.0, 60.0
 BEGIN_WRITER_S = 20.0
 WATCH_S = 0.1
 RESOLVE_TIMEOUT_S = 30.0
+LIST_WAIT_MOST_S = 5.0  # for the request weight of a list; then a connector begins without it, where it can
 
 
 class Planned(msgspec.Struct):
@@ -52,14 +54,15 @@ class Planned(msgspec.Struct):
     takes_new: bool = True  # the last connection of its path: what is listed while it runs is its own
 
 
-def resolve(where: str, settings: ConnectorConfig) -> list[str]:
+def resolve(where: str, settings: ConnectorConfig, rings: Path | None = None) -> list[str]:
     """Tickers of a connector, patterns resolved and names checked against the venue's list of instruments.
 
+    With `rings` the list is asked for within the request weight of the machine, so a ban that holds now is not broken.
     Plain names go unchecked, with a warning, when the venue does not answer; patterns cannot do without it:
     Disconnected or RateLimited, which are no fault of the configuration and pass.
     """
     try:
-        listed = asyncio.run(_instruments(settings))
+        listed = asyncio.run(_instruments(settings, rings))
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
     except (Disconnected, RateLimited, aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -77,29 +80,32 @@ def resolve(where: str, settings: ConnectorConfig) -> list[str]:
         raise ConfigError(f"{where}.{error}") from error
 
 
-async def _instruments(settings: ConnectorConfig) -> list[InstrumentInfo]:
+async def _instruments(settings: ConnectorConfig, rings: Path | None) -> list[InstrumentInfo]:
     """What the venue lists now, all pages of it; the next host is asked where one does not answer."""
     kind = venue_class(settings.exchange)
+    budget = weight_budget(rings, kind) if rings is not None else None
     hosts = rest_hosts(settings, kind)
     secure = any(url.startswith("https") for url in hosts)
     tls = tls_context(Path(settings.ca_file) if settings.ca_file else None) if secure else None
     async with asyncio.timeout(RESOLVE_TIMEOUT_S), open_session(tls, kind.HTTP_HEADERS) as session:
         for host in hosts[:-1]:
             try:
-                return await _pages(session, host.rstrip("/"), kind)
+                return await _pages(session, host.rstrip("/"), kind, budget)
             except (Disconnected, aiohttp.ClientError, TimeoutError, OSError) as error:
                 log.warning("%s: no list of instruments: %s", host, error)
-        return await _pages(session, hosts[-1].rstrip("/"), kind)
+        return await _pages(session, hosts[-1].rstrip("/"), kind, budget)
 
 
-async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue]) -> list[InstrumentInfo]:
+async def _pages(
+    session: aiohttp.ClientSession, base: str, kind: type[Venue], budget: Budget | None
+) -> list[InstrumentInfo]:
     listed: list[InstrumentInfo] = []
     for first in kind.instruments_paths():
         path: str | None = first
         for _ in range(PAGES_MAX):
             if path is None:
                 break
-            page, path = await _page(session, base, path, kind)
+            page, path = await _page(session, base, path, kind, budget)
             listed += page
         else:
             raise Disconnected(f"{base}{first}: more than {PAGES_MAX} pages of instruments")
@@ -107,11 +113,20 @@ async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue]) -
 
 
 async def _page(
-    session: aiohttp.ClientSession, base: str, path: str, kind: type[Venue]
+    session: aiohttp.ClientSession, base: str, path: str, kind: type[Venue], budget: Budget | None
 ) -> tuple[list[InstrumentInfo], str | None]:
     """One page and the path of the next; an answer that cannot be read is asked for again, at most HTTP_TRIES times."""
     for tries_left in reversed(range(HTTP_TRIES)):
-        status, body = await get(session, base + path, kind.RATE_LIMITED)
+        while budget is not None and (wait_s := budget.take(kind.LIMITS.instruments_weight)):
+            if wait_s > LIST_WAIT_MOST_S:
+                raise RateLimited(wait_s, f"{base}{path}: the venue lets nobody ask for {wait_s:.0f} s")
+            await asyncio.sleep(wait_s)
+        try:
+            status, body = await get(session, base + path, kind.RATE_LIMITED)
+        except RateLimited as error:
+            if budget is not None:
+                budget.block(error.retry_after_s)
+            raise
         if status >= 400:
             raise Disconnected(f"{base}{path}: HTTP {status}")
         try:
@@ -151,7 +166,7 @@ def find_planned(
         if name != connector and name.rpartition(".")[0] != connector:
             continue
         place = f"{where}: connectors.{connector}"
-        tickers = resolve(place, settings) if resolved is None else _read_tickers(resolved)
+        tickers = resolve(place, settings, Path(fleet.rings)) if resolved is None else _read_tickers(resolved)
         planned = plan(place, connector, settings, tickers)
         for connection in planned:
             if connection.name == name:
@@ -239,9 +254,9 @@ class Planning(threading.Thread):
     `asked` is set once there was an answer or none; `tickers` holds what was found, or the error that is final.
     """
 
-    def __init__(self, where: str, settings: ConnectorConfig) -> None:
+    def __init__(self, where: str, settings: ConnectorConfig, rings: Path) -> None:
         super().__init__(daemon=True)  # an answer that is waited for never holds up the end
-        self.where, self.settings = where, settings
+        self.where, self.settings, self.rings = where, settings, rings
         self.asked = threading.Event()
         self.tickers: Future[list[str]] = Future()
         self.waits_for = ""
@@ -250,7 +265,7 @@ class Planning(threading.Thread):
         failures = 0
         while not self.tickers.done():
             try:
-                self.tickers.set_result(resolve(self.where, self.settings))
+                self.tickers.set_result(resolve(self.where, self.settings, self.rings))
             except (Disconnected, RateLimited) as error:
                 failures += 1
                 self.waits_for = str(error)
@@ -282,7 +297,8 @@ class Supervisor:
         self.refused: dict[str, str] = {}  # connectors whose configuration turned out to be wrong behind the start
         self._rows_before: dict[str, int] = {}
         self._planning = {
-            name: Planning(f"{config_path}: connectors.{name}", settings) for name, settings in fleet.connectors.items()
+            name: Planning(f"{config_path}: connectors.{name}", settings, self.rings)
+            for name, settings in fleet.connectors.items()
         }
         for planning in self._planning.values():
             planning.start()

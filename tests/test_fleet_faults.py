@@ -13,6 +13,7 @@ from fleet import BOOK_STREAMS, NUMBERED_CONNECTIONS, TICKERS, TRADE_STREAMS, Fl
 from mdcollector.budget import Budget
 from mdcollector.connector import WEIGHT_SHARE
 from mdcollector.exchanges.binance import BinanceSpot
+from mdcollector.exchanges.deribit import Deribit
 from mdcollector.records import Flag
 
 EXCHANGES = tuple(TICKERS)
@@ -223,6 +224,18 @@ def test_429_and_418_where_books_come_over_the_socket(start: Start, exchange: st
     gaps = [gap for gap in fleet.rows("gaps") if gap["ticker"] == hit]
     assert {gap["repaired"] for gap in gaps if gap["feed"] == "trades"} == {True, False}
     assert [gap for gap in gaps if gap["feed"] == "orderbook_l2"]
+
+
+def test_a_start_during_a_ban_asks_for_nothing(tmp_path: Path) -> None:
+    """F4. Another process of the machine was told to wait: whoever begins meanwhile collects, and sends no request."""
+    with Fleet(tmp_path, "deribit") as fleet:
+        limit, per_s = Deribit.LIMITS.weight
+        Budget(fleet.rings / "_budgets" / "deribit-weight", limit * WEIGHT_SHARE, per_s).block(600)
+        fleet.start()
+        fleet.wait_more("trades", 20)
+        assert fleet.sim.state()["counts"].get("requests", 0) == 0
+        assert "the venue lets nobody ask for" in fleet.tail()
+        fleet.stop(fleet.connector, fleet.writer)
 
 
 def test_a_refused_handshake_is_not_repeated_before_retry_after(start: Start) -> None:

@@ -58,7 +58,9 @@ def causes(out: Path) -> list[tuple[Any, ...]]:
          '{"retCode":10006,"retMsg":"Too many visits!","result":{},"time":1}'),
     ],
 )  # fmt: skip
-def test_an_answer_that_told_the_recorder_to_wait_is_counted(tmp_path: Path, exchange: str, url: str, body: str) -> None:
+def test_an_answer_that_told_the_recorder_to_wait_is_counted(
+    tmp_path: Path, exchange: str, url: str, body: str
+) -> None:
     told = Entry(t=NOW_NS, conn="h", dir="http", url=url, raw=body)
     report = normalize(exchange, [write(tmp_path / "r.jsonl", told)], tmp_path / "out")
     assert report.counters["refused_rate_limited"] == 1

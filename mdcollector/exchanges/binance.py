@@ -307,7 +307,9 @@ class Binance(Venue):
     TRADES_WEIGHTS: ClassVar[Mapping[str, int]]  # endpoint -> weight
     NOT_EXECUTED: ClassVar[tuple[str, ...]] = ()  # types of trades that are no executions
     TRADE_CHANNELS = ("trade", "aggTrade")
-    RATE_LIMITED: ClassVar[Mapping[int, float]] = {403: 300.0}  # the web application firewall's limit; how long is not told
+    RATE_LIMITED: ClassVar[Mapping[int, float]] = {
+        403: 300.0
+    }  # the web application firewall's limit; how long is not told
     PREFIX = b'{"stream":"'
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
