@@ -278,7 +278,7 @@ def test_the_same_rows_in_two_files_are_found(tree: Tree) -> None:
 # Files
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign", "name of a column"])
 def test_a_damaged_file_is_found(tree: Tree, damage: str) -> None:
     tree.add(TRADES, trades(range(100)))
     path = tree.add(TRADES, trades(range(100, 200)))
@@ -290,6 +290,8 @@ def test_a_damaged_file_is_found(tree: Tree, damage: str) -> None:
         path.write_bytes(content)
     elif damage == "cut":
         path.write_bytes(content[:-100])
+    elif damage == "name of a column":  # no text any more
+        path.write_bytes(content.replace(b"rcv_timestamp", b"rcv\xfftimestamp"))
     elif damage == "empty":
         path.write_bytes(b"")
     else:

@@ -32,6 +32,11 @@ PAGE_ROWS = 65_536  # larger pages cost less (193 -> 169 ns a row of trades); tw
 LOCK_WAIT_S = 2.0
 SCAN_LOCK_WAIT_S = 30.0
 LOCKS, PARTS = ".locks", ".parts"  # below `out`
+_UNREADABLE = (
+    OSError,
+    pa.ArrowException,
+    UnicodeDecodeError,
+)  # what pyarrow raises for a damaged file; names may be no text
 META_PREFIX = "mdcollector."
 
 _NAME = re.compile(r"(?P<connector>.+)-(?P<epoch>\d+)-(?P<first>\d+)-(?P<last>\d+)\.parquet")
@@ -159,7 +164,7 @@ def read_footer(file: StoredFile) -> int:
     """The ring (first epoch) that a file's rows came through. StorageError unless footer and name say the same."""
     try:
         metadata = pq.read_metadata(file.path)
-    except (OSError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         raise StorageError(f"{file.path}: unreadable: {error}") from error
     return _check_footer(file, metadata)
 
@@ -192,7 +197,7 @@ def read_row_groups(file: StoredFile, path: Path | None = None) -> Iterator[pa.T
                     raise StorageError(f"{file.path}: row group {i} does not hold the rows from seq_id {expected} on")
                 expected += len(table)
                 yield table
-    except (OSError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         raise StorageError(f"{file.path}: unreadable: {error}") from error
 
 
