@@ -7,6 +7,7 @@ time of the first entry, so the same input gives byte-identical rows.
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mdcollector.writer import Report as WriterReport
 from mdcollector.writer import Writer
 
 CAPACITIES = {"trades": 1 << 17, "orderbook_l2": 1 << 18, "bbo": 1 << 17}  # drained as it goes: small rings do
+BAD_LINES_KEPT = 100
 DRAIN_SHARE = 8  # a ring is drained when this part of it is new
 # Frames that are refused for these reasons are no loss: nothing of them belongs into a table.
 HARMLESS = frozenset({"unhandled_event", "unhandled_stream", "unhandled_channel", "unhandled_url", "venue_error"})
@@ -35,7 +37,8 @@ class Report(msgspec.Struct):
     gaps: int
     counters: dict[str, int]
     samples: dict[str, str]
-    bad_lines: list[str]
+    bad_lines: list[str]  # the first ones
+    bad_lines_count: int
     files: int
 
     @property
@@ -45,6 +48,8 @@ class Report(msgspec.Struct):
         found += [f"{self.rows_left} rows could not be written"] if self.rows_left else []
         found += ["no row came of it: is it a recording of this exchange?"] if not any(self.rows.values()) else []
         found += [f"unreadable line {line}" for line in self.bad_lines]
+        if more := self.bad_lines_count - len(self.bad_lines):
+            found.append(f"{more} more unreadable lines")
         for name, count in self.counters.items():
             reason = name.removeprefix("refused_")
             if name.startswith("refused_") and reason not in HARMLESS:
@@ -68,8 +73,7 @@ def normalize(
         run = _Run(kind, rings, out, connector or exchange, options or Options(), _first_time_ns(recordings))
         for recording in recordings:
             run.venue.disconnected("recording")
-            bad = run.report.bad_lines
-            for entry in read_recording(recording, lambda n, why, r=recording, b=bad: b.append(f"{r.name}:{n}: {why}")):  # type: ignore[misc]
+            for entry in read_recording(recording, partial(run.bad_line, recording)):
                 run.entry(entry)
                 if on_progress is not None and run.report.entries % 2048 == 0:
                     on_progress(recording, run.report.entries)
@@ -77,10 +81,16 @@ def normalize(
 
 
 def _first_time_ns(recordings: Sequence[Path]) -> int:
+    why: list[str] = []
+
+    def on_bad_line(number: int, reason: str) -> None:
+        if not why:
+            why.append(f"; line {number}: {reason}")
+
     for recording in recordings:
-        for entry in read_recording(recording, lambda *_: None):
+        for entry in read_recording(recording, on_bad_line):
             return entry.t
-    raise ConfigError(f"nothing to normalize in {', '.join(str(r) for r in recordings)}")
+    raise ConfigError(f"nothing to normalize in {', '.join(str(r) for r in recordings)}{''.join(why)}")
 
 
 class _Run:
@@ -102,7 +112,7 @@ class _Run:
         )
         self.venue = kind(self.emit, options, [], open_world=True)
         self.writer = Writer(rings, out, name="normalize", roll_s=float("inf"))
-        self.report = Report(0, {}, 0, 0, 0, {}, {}, [], 0)
+        self.report = Report(0, {}, 0, 0, 0, {}, {}, [], 0, 0)
         self._open: set[str] = set()
         self._drained = Counter[str]()
 
@@ -125,6 +135,11 @@ class _Run:
             self.emit.refused("rate_limited", raw, str(error))
         self.venue.wants.clear()  # a recording answers what was asked when it was made
         self._drain_if_due()
+
+    def bad_line(self, recording: Path, number: int, why: str) -> None:
+        self.report.bad_lines_count += 1
+        if len(self.report.bad_lines) < BAD_LINES_KEPT:
+            self.report.bad_lines.append(f"{recording.name}:{number}: {why}")
 
     def _drain_if_due(self) -> None:
         if any(r.next - self._drained[n] > r.capacity // DRAIN_SHARE for n, r in self.emit.rings.items()):

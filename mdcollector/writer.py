@@ -176,6 +176,12 @@ class _Drain:
             log.warning("%s: the ring forgot rows that are stored; waiting for its next life", self.stream)
         elif position is None:
             self.reader.seek("oldest")
+            if self.reader.position:
+                log.warning(
+                    "%s: nothing of this ring is stored; begins at its oldest row, %d",
+                    self.stream,
+                    self.reader.position,
+                )
         else:
             self.reader.seek(position)
         self._durable = self.reader.position

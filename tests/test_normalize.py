@@ -161,10 +161,12 @@ def test_errors_name_what_is_wrong_and_leave_nothing_behind(tmp_path: Path, monk
     whole = write(tmp_path / "r.jsonl.zst", *(trade(i) for i in range(2000)))
     (tmp_path / "cut.jsonl.zst").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "text.jsonl").write_text("one\ntwo\n")
     (tmp_path / "no.jsonl.zst").write_bytes(zstandard.compress(b""))
     for names, error, text in (
         (["missing.jsonl"], StorageError, "missing.jsonl"), (["cut.jsonl.zst"], StorageError, "cut.jsonl.zst: unreadable"),
         (["empty.jsonl", "no.jsonl.zst"], ConfigError, "nothing to normalize in .*empty.jsonl"),
+        (["text.jsonl"], ConfigError, "nothing to normalize in .*text.jsonl; line 1: JSON is malformed"),
         (["r.jsonl.zst", "cut.jsonl.zst"], StorageError, "cut.jsonl.zst: unreadable"),
     ):  # fmt: skip
         with pytest.raises(error, match=text):
@@ -192,3 +194,11 @@ def test_running_again_into_the_same_tables_adds_nothing(tmp_path: Path) -> None
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.parquet")}
     normalize("binance_spot", [path], tmp_path / "out")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.parquet")} == before
+
+
+def test_of_many_broken_lines_some_are_kept_and_all_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", trade(1))
+    path.write_bytes(path.read_bytes() + b"no entry\n" * 250)
+    report = normalize("binance_spot", [path], tmp_path / "out")
+    assert (report.bad_lines_count, len(report.bad_lines)) == (250, 100)
+    assert report.findings[-1] == "150 more unreadable lines"
