@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mdcollector import compact as compact_module
 from mdcollector.compact import compact
 from mdcollector.errors import StorageError
 from mdcollector.records import FEEDS
@@ -200,6 +203,29 @@ def test_a_damaged_input_is_reported_and_left_alone(tmp_path: Path, damage: str)
     assert victim.read_bytes() == damaged
     assert [tuple(map(int, p.stem.rsplit("-", 2)[1:])) for p in files(out)] == [(0, 1023), (1024, 1279), (1280, 2999)]
     assert any(str(victim) in finding for finding in verify(out).findings)
+
+
+@pytest.mark.parametrize("column", ["bid_qty", "update_id", "flags"])
+def test_a_merged_file_that_is_not_its_inputs_bit_by_bit_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    out = make_tree(tmp_path, rows=600, roll_rows=300)
+    before = {path: path.read_bytes() for path in files(out)}
+    tables_of = compact_module._row_groups
+
+    def one_value_wrong(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables_of(tables):
+            values = table[column].to_pylist()
+            values[450] = (values[450] or 0) + 1
+            at = table.schema.get_field_index(column)
+            yield table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+
+    monkeypatch.setattr(compact_module, "_row_groups", one_value_wrong)
+    report = compact(out, age_min_s=0)
+    assert (report.exit_code, report.made) == (1, 0)
+    assert "are not those in conn-1-0-599.parquet; left alone" in report.findings[0]
+    assert {path: path.read_bytes() for path in files(out)} == before
+    assert list((out / ".parts").iterdir()) == []
 
 
 def test_inputs_go_only_after_the_merged_file_is_durable_in_its_place(

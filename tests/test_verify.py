@@ -370,6 +370,14 @@ def test_a_book_that_runs_through_is_proven(tree: Tree) -> None:
     ]
 
 
+def test_a_single_row_between_two_files_is_missed_where_no_id_of_the_exchange_tells(tree: Tree) -> None:
+    tree.add(BBO, [{}] * 5)
+    tree.add(BBO, [{}] * 5, first=6)
+    report = tree.verify()
+    assert (report.exit_code, report.missing) == (1, 1)
+    assert "1 of the rows with seq_id 5 to 5 before it are missing" in report.findings[0]
+
+
 def test_a_message_may_be_cut_by_the_end_of_a_file(tree: Tree) -> None:
     message = book(11, levels=5)
     tree.add(ORDERBOOK_L2, [*book(10), *message[:3]])
