@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -300,6 +302,18 @@ def test_a_damaged_file_is_found(tree: Tree, damage: str) -> None:
     assert report.exit_code == 1
     assert any(str(path) in finding for finding in report.findings)
     assert report.missing == 100  # its trades
+
+
+def test_a_footer_by_which_readers_would_skip_rows_is_found(tree: Tree) -> None:
+    path = tree.add(TRADES, trades(range(100, 200)))
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    last, less = struct.pack("<q", 199), struct.pack("<q", 198)  # of trade_seq
+    assert last in content[footer:]
+    path.write_bytes(content[:footer] + content[footer:].replace(last, less))
+    assert len(ds.dataset(path).to_table(filter=ds.field("trade_seq") == 199)) == 0, "it is there"
+    (finding,) = [text for text in tree.verify().findings if "its footer says" in text]
+    assert f"{path}: its footer says (100, 198, 0) of trade_seq" in finding
 
 
 @pytest.mark.parametrize("field", ["connector", "epoch", "first", "date", "exchange", "feed"])

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mdcollector.errors import ConfigError, StorageError
@@ -195,10 +196,27 @@ def read_row_groups(file: StoredFile, path: Path | None = None) -> Iterator[pa.T
                 table = parquet.read_row_group(i, use_threads=False)
                 if not np.array_equal(table["seq_id"].to_numpy(), np.arange(expected, expected + len(table))):
                     raise StorageError(f"{file.path}: row group {i} does not hold the rows from seq_id {expected} on")
+                _check_statistics(file, parquet.metadata.row_group(i), table)
                 expected += len(table)
                 yield table
     except _UNREADABLE as error:
         raise StorageError(f"{file.path}: unreadable: {error}") from error
+
+
+def _check_statistics(file: StoredFile, group: pq.RowGroupMetaData, table: pa.Table) -> None:
+    """Compare what the footer, which has no checksum, says of a row group: by this, readers with a filter skip it."""
+    for i in range(group.num_columns):
+        said, column = group.column(i).statistics, table.column(i)
+        if said is None or not said.has_min_max:
+            continue
+        plain = column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
+        if pa.types.is_dictionary(plain.type):
+            plain = plain.cast(pa.string())
+        held = pc.min_max(plain)
+        low, high = held["min"].as_py(), held["max"].as_py()
+        found = (said.min_raw, said.max_raw, said.null_count)
+        if found != ((low, high) if not isinstance(low, str) else (low.encode(), high.encode())) + (column.null_count,):
+            raise StorageError(f"{file.path}: its footer says {found} of {table.column_names[i]}, its rows {low, high}")
 
 
 class ParquetSink:
