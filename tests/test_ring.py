@@ -601,6 +601,30 @@ def test_rows_that_a_killed_writer_was_overwriting_are_not_read_in_its_next_life
         assert numbers(reader.read()) == list(range(oldest, 1025))
 
 
+@pytest.mark.parametrize("how", ["read", "read_sealed"])
+def test_rows_that_were_announced_to_be_overwritten_while_they_were_copied_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with writer(tmp_path) as out:
+        out.append_rows(trades(0, 256))
+        out.append_rows(trades(256, 244))
+        out.seal()
+        reader = RingReader(tmp_path, "trades")
+        reader.seek("oldest")
+        copy_rows = ring_module._copy_rows
+
+        def copied_while_the_writer_begins(*args: Any) -> Any:
+            rows = copy_rows(*args)
+            out.claim(200)  # it writes them now; they are not published
+            return rows
+
+        monkeypatch.setattr(ring_module, "_copy_rows", copied_while_the_writer_begins)
+        rows = getattr(reader, how)()
+        assert out.limit - CAPACITY >= 188
+        assert numbers(rows) == list(range(out.limit - CAPACITY, 500))
+        assert (reader.lapped, reader.position, reader.damaged) == (out.limit - CAPACITY, 500, 0)
+
+
 def test_rows_of_a_block_that_is_half_overwritten_are_passed_on_and_counted_as_unchecked(tmp_path: Path) -> None:
     with writer(tmp_path) as out:
         for first in range(0, 640, 128):
