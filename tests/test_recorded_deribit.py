@@ -494,6 +494,18 @@ def test_trades_body_repairs_a_hole(name: str, venue: Any) -> None:
     ]  # fmt: skip
 
 
+def test_a_trade_of_a_new_direction_is_told_and_kept(venue: Any) -> None:
+    venue.emit.packet(SAMPLE_TIME_NS, venue.emit.clock())
+    for seq, direction in enumerate(("buy", "both", "sell"), start=1):
+        live = {"trade_seq": seq, "trade_id": f"x{seq}", "timestamp": 1_796_000_000_000, "price": 1.0, "amount": 2.0,
+                "direction": direction, "instrument_name": "A"}  # fmt: skip
+        params = {"channel": "trades.A.100ms", "data": [live]}
+        venue.decode(json.dumps({"jsonrpc": "2.0", "method": "subscription", "params": params}).encode())
+    assert venue.emit.rings["trades"].recent_rows(0)["side"].tolist() == [1, 0, -1]
+    assert venue.emit.counters["protocol_drift"] == 1
+    assert "new side of a trade both" in venue.notes
+
+
 @pytest.mark.parametrize("name", sorted(set(BODIES) - set(INSTRUMENTS) - set(LAST_TRADES)))
 def test_other_bodies_make_no_rows(name: str, venue: Any) -> None:
     raw = (FOLDER / "rest" / name).read_bytes()

@@ -913,6 +913,24 @@ def test_leaving_one_of_those_that_share_a_stream_leaves_it_to_the_others(make: 
     assert written() == [stays, goes]
 
 
+def test_a_trade_of_a_new_side_is_told_and_kept(make: Make) -> None:
+    venue = make(stream("trades:A-USDT", "trades", "A-USDT"))
+    for number, side in enumerate(("buy", "both", "sell"), start=1):
+        trade = {
+            "instId": "A-USDT",
+            "tradeId": str(number),
+            "px": "1.5",
+            "sz": "2",
+            "side": side,
+            "ts": "1796083200000",
+            "count": "1",
+        }
+        venue.decode(json.dumps({"arg": {"channel": "trades", "instId": "A-USDT"}, "data": [trade]}).encode())
+    assert venue.emit.rings["trades"].recent_rows(0)["side"].tolist() == [1, 0, -1]
+    assert venue.emit.counters["protocol_drift"] == 1
+    assert "new side of a trade both" in venue.notes
+
+
 def test_an_error_refuses_the_stream_that_it_names_or_halves_the_request(make: Make) -> None:
     names = [f"tickers:T{n}-USDT" for n in range(4)]
     venue = make(*[stream(name, "tickers", name.partition(":")[2]) for name in names])

@@ -21,7 +21,7 @@ import numpy as np
 from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, TRADE_IDS_KEPT, BookSync, FollowRule, TradeIds, TradeSync
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, FrameError
-from mdcollector.records import GAPS, INSTRUMENTS, Exchange
+from mdcollector.records import GAPS, INSTRUMENTS, UNKNOWN, Exchange
 
 # Types for wire structs: what is outside is refused while decoding, in the C core.
 Id = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -360,6 +360,13 @@ class Venue(ABC):
         self.emit.counters["protocol_drift"] += 1
         if len(self.notes) < NOTES_MAX:
             self.notes[f"new {what} {found[:REASON_CHARS_MAX]}"] = frame[:REASON_CHARS_MAX].decode(errors="replace")
+
+    def side_of_trade(self, sides: Mapping[str, int], word: str) -> int:
+        """The taker's side; a word that is new is told, and the trade is kept without a side."""
+        side = sides.get(word, UNKNOWN)
+        if not side:
+            self.drift("side of a trade", word)
+        return side
 
     def identity(self, frame: bytes) -> bytes | None:
         """What is the same in this frame of market data on two connections that deliver it both; None = no such frame."""

@@ -42,7 +42,7 @@ from mdcollector.exchanges import (
     Venue,
     decode_body,
 )
-from mdcollector.records import BUY, SELL, UNKNOWN, Exchange, Flag
+from mdcollector.records import BUY, SELL, Exchange, Flag
 
 PRODUCTS_PER_MESSAGE = 100  # no limit is documented; bounds what one refusal takes with it
 RESUBSCRIBE_EVERY_NS = 1_000_000_000  # what is to be subscribed anew goes together: 6 messages a second at most
@@ -682,9 +682,7 @@ class Coinbase(Venue):
         return rows
 
     def _row(self, trade: Trade) -> TradeRow:
-        side = _TAKER.get(trade.side, UNKNOWN)
-        if not side:
-            self.drift("side of a trade", trade.side)
+        side = self.side_of_trade(_TAKER, trade.side)
         timestamp = time_us(trade.time)
         if not timestamp:
             raise FrameError("absurd_number", f"trade time={trade.time}")

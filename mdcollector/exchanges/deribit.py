@@ -50,6 +50,7 @@ _NOT_NOW = (10040, 10041, 10047, 10066, 11051, 13028, 13888)
 AGAIN_NS = 10_000_000_000  # after one of those, what a connection begins with is sent once more
 _LOGIN, _REFRESH = "client_credentials", "refresh_token"  # grant types of public/auth
 _HEARTBEAT = "public/set_heartbeat"
+_SIDES = {"buy": BUY, "sell": SELL}  # `direction` is the taker's
 
 _INTERVALS = {
     "1": "1m", "3": "3m", "5": "5m", "10": "10m", "15": "15m", "30": "30m", "60": "1h", "120": "2h", "180": "3h",
@@ -507,12 +508,16 @@ class Deribit(Venue):
         def on_trades(frame: bytes) -> None:
             by_instrument: dict[str, list[TradeRow]] = {}
             for t in _decode_trades(frame).params.data:
-                by_instrument.setdefault(t.instrument_name, []).append(_trade_row(t))
+                by_instrument.setdefault(t.instrument_name, []).append(self._row(t))
             for name, rows in by_instrument.items():
                 self.admit(name)
                 self.trade_sync(name).publish(rows)
 
         return on_trades
+
+    def _row(self, t: Trade) -> TradeRow:
+        side = _SIDES.get(t.direction) or self.side_of_trade(_SIDES, t.direction)
+        return t.trade_seq, t.timestamp * 1000, side, t.price, t.amount, t.trade_id.encode()
 
     def _on_book(self, ticker: str) -> Callable[[bytes], None]:
         self.admit(ticker)
@@ -621,7 +626,7 @@ class Deribit(Venue):
         if method == "get_last_trades_by_instrument":
             ticker = query.get("instrument_name", [""])[0]
             self.admit(ticker)
-            rows = [_trade_row(t) for t in decode_body(_decode_trades_reply, body).result.trades]
+            rows = [self._row(t) for t in decode_body(_decode_trades_reply, body).result.trades]
             self.trade_sync(ticker).repaired(int(query.get("start_seq", ["-1"])[0]), rows)
         elif method == "get_instruments":
             self.take_instruments(url, body)
@@ -631,13 +636,6 @@ class Deribit(Venue):
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
         self.emit.counters["trade_repair_refused"] += 1
         self.notes[f"{fetch.key.split(' ')[1]} repair refused"] = f"HTTP {status} {body[:200].decode(errors='replace')}"
-
-
-def _trade_row(t: Trade) -> TradeRow:
-    side = BUY if t.direction == "buy" else SELL
-    if side == SELL and t.direction != "sell":
-        raise FrameError("unknown_direction", t.direction)
-    return t.trade_seq, t.timestamp * 1000, side, t.price, t.amount, t.trade_id.encode()
 
 
 def _info(i: _Instrument) -> InstrumentInfo:

@@ -683,7 +683,8 @@ class Okx(Venue):
                 self._no_data(frame)
                 return
             rows: list[TradeRow] = [
-                (t.tradeId, t.ts * 1000, _side(t.side), t.px, t.sz, b"%d" % t.tradeId) for t in trades
+                (t.tradeId, t.ts * 1000, self.side_of_trade(_SIDES, t.side), t.px, t.sz, b"%d" % t.tradeId)
+                for t in trades
             ]
             merged = any(t.count is not None for t in trades)
             sync.merged = sync.merged or merged
@@ -886,7 +887,14 @@ class Okx(Venue):
             first = int(after) - TRADES_PER_REQUEST if after.isdecimal() else -1
             sync = self.trade_sync(ticker)
             rows = [
-                (t.tradeId, t.ts * 1000, _side(t.side), t.px, t.sz, b"%d" % t.tradeId if sync.merged else b"")
+                (
+                    t.tradeId,
+                    t.ts * 1000,
+                    self.side_of_trade(_SIDES, t.side),
+                    t.px,
+                    t.sz,
+                    b"%d" % t.tradeId if sync.merged else b"",
+                )
                 for t in sorted(decode_body(_decode_rest_trades, _data_of(body)), key=lambda t: t.tradeId)
                 if t.tradeId >= first
             ]
