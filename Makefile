@@ -33,12 +33,13 @@ test: setup  ## Run the tests, WORKERS=3 at a time; what fails beside others on 
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal || \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -p no:randomly
 
-check: setup  ## Lint, types, import directions, and whether generated texts are current
+check: setup  ## Lint, types, import directions, generated texts, and whether dependencies are those pinned
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.docs --check
+	$(BIN)/python -m tools.audit
 
 CONFIG ?= fleet.toml
 LOGS ?= logs
@@ -102,11 +103,12 @@ bench: setup  ## Measure; writes bench/results.*
 schema: setup  ## Write the generated parts of the documentation anew
 	$(BIN)/python -m tools.docs
 
-PIP_COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+PIP_COMPILE = $(VENV)-lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
-lock: setup  ## Pin the newest allowed versions in .ci/requirements.lock, and those of them that the image needs
-	$(BIN)/python -m pip install --quiet pip-tools
+lock:  ## Pin the newest allowed versions in .ci/requirements.lock, and those of them that the image needs
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet pip-tools
 	$(PIP_COMPILE) --all-extras --output-file .ci/requirements.lock pyproject.toml
 	$(PIP_COMPILE) --extra top --all-build-deps --constraint .ci/requirements.lock --output-file .ci/image.lock pyproject.toml
 

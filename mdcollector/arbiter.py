@@ -63,7 +63,7 @@ from mdcollector.merge import (
     chosen,
     joined,
 )
-from mdcollector.records import ALWAYS_ON, DATA_FEEDS, FEEDS, GAPS, INSTRUMENTS, ORDERBOOK_L2, Flag
+from mdcollector.records import ALWAYS_ON, CLOCKS, DATA_FEEDS, FEEDS, GAPS, INSTRUMENTS, ORDERBOOK_L2, Flag
 from mdcollector.ring import RingReader, RingWriter, Rows, ring_dir
 from mdcollector.stats import StatsWriter
 
@@ -371,7 +371,7 @@ class Arbiter:
         count = len(self.legs)
         self.ledger = Ledger(self.own[GAPS.name], exchange[1], count, clock)
         self.merges: dict[str, Merge] = {}
-        for feed in (*feeds, INSTRUMENTS.name):
+        for feed in (*feeds, INSTRUMENTS.name, CLOCKS.name):
             own = self.own[feed]
             if feed == "trades":
                 self.merges[feed] = TradeMerge(own, count, self.ledger, clock, wait_s)

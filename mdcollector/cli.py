@@ -252,6 +252,8 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
     from mdcollector.supervisor import Supervisor, balance, unread
 
     fleet = config.load(config_path)
+    if fleet.writers:
+        config.check_user()
     logs.identify("supervisor")
     supervisor = Supervisor(config_path, fleet, log_args)
     stop = stop_signal()
@@ -339,6 +341,7 @@ def write(ctx: click.Context, name: str, config_path: Path, as_json: bool) -> No
     fleet = config.load(config_path)
     if name not in fleet.writers:
         raise ConfigError(f"{config_path}: no writer {name!r}; there are {', '.join(fleet.writers) or 'none'}")
+    config.check_user()
     settings = fleet.writers[name]
     logs.identify(name)
     pin(settings.cpu)
@@ -638,10 +641,11 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
 
     from mdcollector.health import streams_unwell
     from mdcollector.records import ALWAYS_ON
+    from mdcollector.stats import clock_text
 
     console = _console()
     table = Table(
-        "connector", "state", "connections", "streams", "rows", "gaps", "refused", "visible p50/p99", "books",
+        "connector", "state", "connections", "streams", "rows", "gaps", "refused", "visible p50/p99", "venue's clock", "books",
         title="connectors",
     )  # fmt: skip
     for name, c in found["connectors"].items():
@@ -659,6 +663,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
             f"{c['rings']['gaps']['published']:,}",
             str(refused),
             latency,
+            clock_text(c.get("clock", {})),
             books,
         )
     console.print(table)

@@ -26,6 +26,9 @@ from mdcollector.ring import CAPACITY_MAX, CAPACITY_MIN
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 SECRET_BYTES_MAX = 4096
 DEFAULT_RINGS = Path("rings")
+ALLOW_ROOT = "MDCOLLECTOR_ALLOW_ROOT"
+CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container")  # docker, podman, systemd-nspawn
+CONTAINER_VARIABLES = ("container", "KUBERNETES_SERVICE_HOST")
 
 
 class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -56,6 +59,7 @@ class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     lifetime_s: float = 0.0  # a connection is replaced after so long; 0 = before the venue ends it
     reconnect_most_s: float = 60.0  # cap of the back-off
     instruments_s: float = 600.0  # the list of instruments is read so often; 0 = never
+    clock_s: float = 30.0  # the venue is asked for its time so often
 
 
 class ArbiterConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -267,6 +271,7 @@ def check_connector(where: str, connector: ConnectorConfig) -> None:
     _check_range(f"{where}.stale_s", connector.stale_s, 0, 86_400)
     _check_range(f"{where}.lifetime_s", connector.lifetime_s, 0, 7 * 86_400)
     _check_range(f"{where}.instruments_s", connector.instruments_s, 0, 86_400)
+    _check_range(f"{where}.clock_s", connector.clock_s, 0.1, 86_400)
     _check_range(f"{where}.reconnect_most_s", connector.reconnect_most_s, 0.1, 3600)
 
 
@@ -368,6 +373,15 @@ def _check_cpu(where: str, cpu: int | None) -> None:
 def _check_range(where: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{where} = {value!r}: allowed is {low} to {high}")
+
+
+def check_user() -> None:
+    """ConfigError for root, unless in a container or told so: what takes data from outside needs no rights over a machine."""
+    contained = any(os.environ.get(name) for name in CONTAINER_VARIABLES) or any(map(os.path.exists, CONTAINER_MARKS))
+    if os.geteuid() == 0 and not contained and os.environ.get(ALLOW_ROOT) != "1":
+        raise ConfigError(
+            f"writers do not run as root: start it as a user of its own (as the systemd units do), or set {ALLOW_ROOT}=1"
+        )
 
 
 def credentials(exchange: str, names: Sequence[str], file: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ import psutil
 
 from mdcollector import config, logs
 from mdcollector.budget import Budget
+from mdcollector.clocks import VenueClock
 from mdcollector.config import ConnectorConfig
 from mdcollector.continuity import LIVE
 from mdcollector.emit import Emit
@@ -147,6 +148,7 @@ class Connector:
         self._answering = False  # a polled venue has answered since it was last given up
         followed = Followed(selection(settings), settings.feeds, options, planned, takes_new=takes_new)
         self._listing = Listing(self.venue, settings.instruments_s, followed, lambda: self._is_connected)
+        self._clock = VenueClock(self.venue, settings.clock_s, lambda: self._fetcher.round_trip_ns)
         self._stats = StatsWriter(self.emit.directory)
         self._leg: Leg | None = None
         self._reconnect: Reconnect | None = None
@@ -512,10 +514,12 @@ class Connector:
             ticks += 1
             self._look_for_data()
             self.emit.tick()
+            self._clock.look_for_step()
             leg = self._leg
             if leg is not None or self._polled:
                 self.venue.tick(time.time_ns())
                 self._listing.tick()
+                self._clock.tick()
                 if leg is not None and not leg.tails_checked and time.time_ns() - leg.opened_ns > TAIL_CHECK_S * 1e9:
                     leg.tails_checked = True
                     self.venue.check_tails()
@@ -600,6 +604,7 @@ class Connector:
                 "books_invalid_count": len(invalid),
                 "fetches_waiting": self._fetcher.waiting,
                 "fetch_blocked_until_ns": self._fetcher.blocked_until_ns,
+                "clock": self._clock.snapshot(),
                 "rss_bytes": psutil.Process().memory_info().rss,
                 "notes": dict(venue.notes),
                 "streams": {

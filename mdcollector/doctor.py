@@ -20,7 +20,7 @@ from mdcollector.connector import rest_hosts, venue_options
 from mdcollector.emit import CAPACITIES
 from mdcollector.errors import ConfigError, Disconnected, RateLimited
 from mdcollector.exchanges import venue_class
-from mdcollector.records import FEEDS, GAPS
+from mdcollector.records import ALWAYS_ON, FEEDS
 from mdcollector.ring import CAPACITY_MAX
 from mdcollector.transport import get, open_session, tls_context
 
@@ -158,7 +158,7 @@ def _ring_bytes(fleet: FleetConfig) -> int:
     """Memory or disk that the rings of all connectors take, if each needs one connection."""
     total = 0
     for connector in fleet.connectors.values():
-        for feed in (*connector.feeds, GAPS.name):
+        for feed in (*connector.feeds, *ALWAYS_ON):
             rows = min(connector.capacity.get(feed, CAPACITIES[feed]), CAPACITY_MAX)
             total += rows * FEEDS[feed].dtype.itemsize
     return total

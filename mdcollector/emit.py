@@ -20,6 +20,7 @@ from mdcollector.errors import FrameError, RingError
 from mdcollector.records import (
     ALWAYS_ON,
     BBO,
+    CLOCKS,
     FEEDS,
     GAPS,
     INSTRUMENTS,
@@ -45,6 +46,7 @@ REASONS_MAX = 200  # distinct reasons that are counted by name; the rest is coun
 CAPACITIES = {  # rows; default sizes of the rings, 128 MiB at most each
     "trades": 1 << 19, "orderbook_l2": 1 << 20, "bbo": 1 << 19, "tickers": 1 << 15,
     "candles": 1 << 15, "liquidations": 1 << 15, "instruments": 1 << 14, "gaps": 1 << 14,
+    "clocks": 1 << 12,
 }  # fmt: skip
 
 SAMPLES_PER_TICK = 2048  # rows of a ring whose latencies are looked at in one tick
@@ -504,6 +506,15 @@ class Emit:
         self.counters[f"gap_{feed}_{cause}" + ("_repaired" if repaired else "")] += 1
         values = (repaired, feed.encode(), first_id, last_id, from_time, to_time or self.rcv_us, cause.encode())
         self._append(GAPS.name, self.instrument(ticker), 0, 0, values)
+
+    def clock_offset(
+        self, source: str, timestamp: int, offset_us: float, uncertainty_us: float = _NAN, step_us: int = 0
+    ) -> None:
+        """How far the venue's clock is from ours; `timestamp` is its time then, 0 = it gave none."""
+        if not 0 <= timestamp < TIME_MAX_US:
+            raise FrameError("absurd_number", f"clock timestamp={timestamp}")
+        everything = Instrument("*", {CLOCKS.name: self.rings[CLOCKS.name].code("*")})
+        self._append(CLOCKS.name, everything, timestamp, 0, (source.encode(), offset_us, uncertainty_us, step_us))
 
     def instrument_info(
         self,

@@ -11,11 +11,17 @@ from typing import Any
 import msgspec
 
 from mdcollector.errors import EXIT_CONFIG
+from mdcollector.stats import clock_text
 
 OK, DEGRADED, DOWN = "ok", "degraded", "down"  # of a process or a fleet; each is worse than the one before
 PAGE_STALE_S = 5.0  # a process publishes its page some times a second; one that is silent for so long is dead or hangs
 ACKNOWLEDGED_WITHIN_S = 15.0  # else a stream is shown
-HOLES_MANY = 50  # holes between two looks: more than single lost messages, and each costs a snapshot
+HOLES_MANY = 50  # holes between two looks, of books or of all else: more than single lost messages
+LIMITED = (
+    "rate_limited",
+    "http_rate_limited",
+    "venue_rate_limited",
+)  # counters of being told to wait: 429, 418 and such
 DISK_FREE_LEAST = 0.05  # share of the disk below which writers will soon stop
 CLOCK_OFFSET_MOST_S = 0.5
 
@@ -39,7 +45,8 @@ KINDS: dict[str, Kind] = {
     "stream_refused": Kind(DEGRADED, 0, "the venue refused a subscription", "the instrument may be delisted, or the key lacks a right"),
     "stream_unanswered": Kind(DEGRADED, 0, "a subscription got no answer", "it is asked for again by itself; look at the venue's status page"),
     "stream_silent": Kind(DEGRADED, 0, "an acknowledged stream does not deliver", "it is subscribed anew by itself; if it lasts, the venue changed"),
-    "holes": Kind(DEGRADED, 0, "many holes in books or trades", "a storm of resyncs: look at the network and at CPU use"),
+    "holes": Kind(DEGRADED, 0, "many holes in trades and other streams", "look at the network and at CPU use; the table gaps has each of them"),
+    "resync_storm": Kind(DEGRADED, 0, "books break again and again", "look at the network and at CPU use: each costs a snapshot, and the venue's weight is limited"),
     "leg_dead": Kind(DEGRADED, 30, "an arbiter has lost a leg", "start the leg again: until then nothing fills holes of the other one"),
     "writer_behind": Kind(DEGRADED, 0, "a writer is behind by more than half a ring", "look at disk and CPU: when the ring is full rows are lost"),
     "rows_lost": Kind(DEGRADED, 0, "rows were overwritten before a writer read them", "make the ring larger or give the writer a core of its own"),
@@ -49,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "reconnected": Kind(DEGRADED, 0, "a connection was lost and made again", "what was missed is in the table gaps; often: look at the network"),
     "disk_low": Kind(DEGRADED, 0, "a disk is nearly full", "free space; writers back off and rows stay in the rings meanwhile"),
     "clock_offset": Kind(DEGRADED, 60, "the clock of this machine and the venue's differ", "start chrony or ntpd"),
+    "clock_stepped": Kind(DEGRADED, 0, "the clock of this machine was set", "let chrony slew it; receive times before and after do not compare, the table clocks says by how much"),
 }  # fmt: skip
 
 
@@ -122,6 +130,10 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
     if page["fetch_blocked_until_ns"] > now_ns:
         wait_s = (page["fetch_blocked_until_ns"] - now_ns) / 1e9
         yield Finding("banned", name, f"the venue answers no request for another {wait_s:.0f} s")
+    if (off_s := _clock_off_s(page.get("clock", {}))) > CLOCK_OFFSET_MOST_S:
+        yield Finding(
+            "clock_offset", name, f"the venue's clock is {clock_text(page['clock'])} off, {off_s:.1f} s for sure"
+        )
     if page["data_ns"] and now_ns - page["data_ns"] > KINDS["stale"].for_s * 1e9:
         yield Finding("stale", name, f"no row for {(now_ns - page['data_ns']) / 1e9:.0f} s")
     if page["books_invalid_count"]:
@@ -129,12 +141,32 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
     for stream, (kind, text) in streams_unwell(page).items():
         yield Finding(kind, name, f"{stream}: {text}")
     if before is not None:
-        resyncs = _holes(page) - _holes(_same_life(page, before))
-        lost = _counted(page, "disconnected", "stale") - _counted(_same_life(page, before), "disconnected", "stale")
-        if lost > 0:
+        blocked = page["fetch_blocked_until_ns"] > now_ns
+        if not blocked and (limited := _grown(page, before, *LIMITED)):  # a wait may be over before anybody looks
+            yield Finding("banned", name, f"the venue told it to wait {limited} times lately; {page['last_error']}")
+        if steps := _grown(page, before, "clock_steps"):
+            by_s = page["clock"]["last_step_us"] / 1e6
+            yield Finding(
+                "clock_stepped", name, f"the clock of this machine was set {steps} times, last by {by_s:+.3f} s"
+            )
+        if lost := _grown(page, before, "disconnected", "stale"):
             yield Finding("reconnected", name, f"lost its connection {lost} times lately; {page['last_error']}")
-        if resyncs > HOLES_MANY:
-            yield Finding("holes", name, f"{resyncs} holes in the sequence of books and trades")
+        holes = [key for key in page["counters"] if key.startswith("gap_") and not key.endswith("_repaired")]
+        books = [key for key in holes if key.startswith("gap_orderbook_l2_")]
+        if (resyncs := _grown(page, before, *books)) > HOLES_MANY:
+            yield Finding("resync_storm", name, f"{resyncs} holes in the sequence of books")
+        if (count := _grown(page, before, *(key for key in holes if key not in books))) > HOLES_MANY:
+            yield Finding("holes", name, f"{count} holes in trades and other streams")
+
+
+def _clock_off_s(clock: Page) -> float:
+    """By how much the clocks differ at least."""
+    offset_us, unsure_us = clock.get("offset_us"), clock.get("uncertainty_us")
+    if offset_us is None:
+        return 0.0
+    if unsure_us is None:  # the venue is ahead by at least so much; nothing says that it is behind
+        return float(max(0.0, offset_us)) / 1e6
+    return float(max(0.0, abs(offset_us) - unsure_us)) / 1e6
 
 
 def streams_unwell(page: Page) -> dict[str, tuple[str, str]]:
@@ -153,14 +185,10 @@ def streams_unwell(page: Page) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _counted(page: Page, *names: str) -> int:
-    return sum(page.get("counters", {}).get(name, 0) for name in names)
-
-
-def _holes(page: Page) -> int:
-    return sum(
-        n for key, n in page.get("counters", {}).items() if key.startswith("gap_") and not key.endswith("_repaired")
-    )
+def _grown(page: Page, before: Page | None, *names: str) -> int:
+    """By how much counters grew since `before`."""
+    earlier = _same_life(page, before).get("counters", {})
+    return sum(page["counters"].get(name, 0) - earlier.get(name, 0) for name in names)
 
 
 def _arbiter(name: str, page: Page) -> Iterator[Finding]:

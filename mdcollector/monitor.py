@@ -14,6 +14,7 @@ import csv
 import importlib.metadata
 import io
 import logging
+import math
 import os
 import shutil
 import time
@@ -35,7 +36,7 @@ from mdcollector.alerts import Alerts, Messenger
 from mdcollector.config import MonitorConfig
 from mdcollector.errors import ConfigError
 from mdcollector.health import DISK_FREE_LEAST, DOWN, KINDS, Finding, judge, state_of
-from mdcollector.records import FEEDS, GAPS, TRADES
+from mdcollector.records import ALWAYS_ON, FEEDS, TRADES
 from mdcollector.stats import HISTOGRAM_BOUNDS_NS, notify_alive
 from mdcollector.supervisor import status
 
@@ -49,6 +50,7 @@ CSV_COLUMNS = (
     "time", "connector", "state", "trade_count", "trade_bytes", "rows", "packets", "recv_to_write_avg_us",
     "recv_to_write_max_us", "writer_seq", "writer_lag_rows", "dedupe_count", "lap_count", "gap_count", "refused_count",
     "reconnects", "books_invalid", "rss_bytes", "cpu_share",
+    "clock_offset_us", "clock_uncertainty_us",
 )  # fmt: skip
 
 
@@ -189,6 +191,13 @@ def _connector_metrics(connectors: Mapping[str, dict[str, Any]]) -> Iterable[Met
         "mdcollector_stream_silence_seconds", f"The {TOP_STREAMS} streams without data for longest.",
         labels=["connector", "stream"],
     )  # fmt: skip
+    offset = GaugeMetricFamily(
+        "mdcollector_clock_offset_seconds", "Venue's clock minus this machine's.", labels=["connector", "source"]
+    )
+    unsure = GaugeMetricFamily(
+        "mdcollector_clock_uncertainty_seconds", "The true offset is at most so far from that; +Inf = only a bound.",
+        labels=["connector"],
+    )  # fmt: skip
     silences: list[tuple[float, str, str]] = []
     for name, page in connectors.items():
         for feed, ring in page["rings"].items():
@@ -205,6 +214,10 @@ def _connector_metrics(connectors: Mapping[str, dict[str, Any]]) -> Iterable[Met
         books.add_metric([name, "live"], page["books"] - page["books_invalid_count"])
         books.add_metric([name, "invalid"], page["books_invalid_count"])
         fetches.add_metric([name], page["fetches_waiting"])
+        if (clock := page.get("clock", {})).get("offset_us") is not None:
+            offset.add_metric([name, clock["source"]], clock["offset_us"] / 1e6)
+            unsure_us = clock["uncertainty_us"]
+            unsure.add_metric([name], math.inf if unsure_us is None else unsure_us / 1e6)
         now_ns = page["time_ns"]
         silences += [
             ((now_ns - max(s["data_ns"], s["acknowledged_ns"])) / 1e9, name, stream)
@@ -222,7 +235,7 @@ def _connector_metrics(connectors: Mapping[str, dict[str, Any]]) -> Iterable[Met
         "mdcollector_receive_to_visible_seconds", "Packet read until the row was visible in the ring.", "connector",
         {name: page["publish_ns"] for name, page in live.items()},
     )  # fmt: skip
-    return rows, gaps, refused, events, connected, data, books, fetches, silent, parse, visible
+    return rows, gaps, refused, events, connected, data, books, fetches, silent, offset, unsure, parse, visible
 
 
 def _arbiter_metrics(arbiters: Mapping[str, dict[str, Any]]) -> Iterable[Metric]:
@@ -340,7 +353,7 @@ def csv_rows(view: View, before: View | None) -> Iterator[tuple[object, ...]]:
         cpu = view.cpu_s.get(name, 0.0) - (before.cpu_s.get(name, 0.0) if before is not None else 0.0)
         yield (
             f"{view.time:.3f}", name, page["state"], trades, trades * FEEDS[TRADES.name].dtype.itemsize,
-            sum(_grown(page, earlier, "rings", feed, "published") for feed in page["rings"] if feed != GAPS.name),
+            sum(_grown(page, earlier, "rings", feed, "published") for feed in page["rings"] if feed not in ALWAYS_ON),
             max(0, page["packets"] - earlier.get("packets", 0)),
             round((latency["sum_ns"] - then["sum_ns"]) / count / 1000, 2) if count else 0,
             _highest(latency["counts"], then.get("counts")) / 1000,
@@ -353,6 +366,7 @@ def csv_rows(view: View, before: View | None) -> Iterator[tuple[object, ...]]:
             counters.get("connections", 0) - was.get("connections", 0),
             page["books_invalid_count"], view.rss.get(name, 0),
             round(cpu / (view.time - before.time), 4) if before is not None and view.time > before.time else 0,
+            page.get("clock", {}).get("offset_us"), page.get("clock", {}).get("uncertainty_us"),
         )  # fmt: skip
 
 

@@ -278,9 +278,24 @@ INSTRUMENTS = Feed(
         Column("expiry_time", "i8", "timestamp", "when it expires; null where not given or never", -1),
     ),
 )  # fmt: skip
+CLOCKS = Feed(
+    "clocks",
+    "how far the venue's clock is from this machine's, some times a minute, and every step of this machine's clock; ticker is *",
+    (),
+    (
+        Column("source", "S8", "category", "request: the venue was asked for its time; events: from times of events, which are past when they come, so the venue is ahead by at least that; step: this machine's clock was set"),
+        Column("offset_us", "f8", "float64", "venue's clock minus this machine's, us; null where not known", float("nan")),
+        Column("uncertainty_us", "f8", "float64", "the true offset is at most so far from offset_us; null where only a bound on one side is known", float("nan")),
+        Column("step_us", "i8", "int64", "how far this machine's clock was set forward just before this row, 0 but for steps"),
+    ),
+)  # fmt: skip
 
 FEEDS: dict[str, Feed] = {
-    f.name: f for f in (TRADES, ORDERBOOK_L2, BBO, TICKERS, CANDLES, LIQUIDATIONS, INSTRUMENTS, GAPS)
+    f.name: f for f in (TRADES, ORDERBOOK_L2, BBO, TICKERS, CANDLES, LIQUIDATIONS, INSTRUMENTS, GAPS, CLOCKS)
 }
-ALWAYS_ON = (INSTRUMENTS.name, GAPS.name)  # every connector has them; they tell nothing of whether data flows
+ALWAYS_ON = (
+    INSTRUMENTS.name,
+    GAPS.name,
+    CLOCKS.name,
+)  # every connector has them; they tell nothing of whether data flows
 DATA_FEEDS = tuple(name for name in FEEDS if name not in ALWAYS_ON)

@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ def read_stats(path: Path) -> dict[str, Any]:
     except (OSError, msgspec.DecodeError) as error:
         raise RingError(f"{path}: no readable stats page: {error}") from error
     raise RingError(f"{path}: no whole snapshot in the stats page")
+
+
+def venue_clock(directory: Path) -> dict[str, Any]:
+    """What the connector with this directory says of its venue's clock (`clocks.VenueClock.snapshot`); {} = nothing."""
+    with contextlib.suppress(RingError):
+        return dict(read_stats(directory / PAGE_NAME).get("clock", {}))
+    return {}
+
+
+def clock_text(clock: Mapping[str, Any]) -> str:
+    """How far a venue's clock is ahead of this machine's, in words: times of the venue against ours are as unsure."""
+    offset_us, unsure_us = clock.get("offset_us"), clock.get("uncertainty_us")
+    if offset_us is None:
+        return "unknown"
+    if unsure_us is None:
+        return f">= {offset_us / 1000:+.1f} ms"
+    return f"{offset_us / 1000:+.1f} ± {unsure_us / 1000:.1f} ms"
 
 
 class Histogram:

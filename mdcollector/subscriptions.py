@@ -155,7 +155,7 @@ class Subscriptions:
         newest_us = self._venue.newest_us(stream, body)
         self._probing, now = "", time.time_ns()
         since_ns = max(self._emit.last_row_ns(stream.feed, stream.ticker), state.requested_ns)
-        if newest_us and (newest_us - _ahead_us(self._emit)) * 1000 > since_ns + self._newer_ns:
+        if newest_us and (newest_us - (ahead_us(self._emit) or 0)) * 1000 > since_ns + self._newer_ns:
             # What is that young may still be on its way.
             state.suspected_at_ns, state.suspect_ns = now, now + self._newer_ns
         else:
@@ -200,8 +200,8 @@ class Subscriptions:
         venue.subscribe([stream.name])
 
 
-def _ahead_us(emit: Emit) -> int:
-    """How far the exchange's clock is ahead of ours, by the newest rows: event time minus time of receipt."""
+def ahead_us(emit: Emit) -> int | None:
+    """How far the exchange's clock is ahead of ours at least, by the newest rows: event time minus time of receipt."""
     found = []
     for feed in ("trades", "orderbook_l2", "bbo", "tickers"):
         ring = emit.rings.get(feed)
@@ -209,4 +209,4 @@ def _ahead_us(emit: Emit) -> int:
             row = ring.recent_rows(ring.next - 1)[-1]
             if not row["flags"] & _NO_TIME:
                 found.append(int(row["timestamp"]) - int(row["rcv_timestamp"]))
-    return max(found, default=0)
+    return max(found, default=None)

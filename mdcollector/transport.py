@@ -266,6 +266,7 @@ class Fetcher:
         self._broken: Counter[str] = Counter()  # answers in a row that could not be read
         self._news = asyncio.Event()
         self.blocked_until_ns = 0
+        self.round_trip_ns = 0  # of the request whose answer is being delivered, tries that failed included
         self.failures = 0  # requests in a row without an answer
         self.last_failure = ""
 
@@ -324,6 +325,7 @@ class Fetcher:
         """What to do with the answer, once the request no longer counts as waiting: False = ask again; None = no answer."""
         emit, url = self._emit, self._bases[0] + fetch.path
         emit.counters["http_requests"] += 1
+        began_ns = emit.clock()
         try:
             status, body = await get(session, url, self._venue.RATE_LIMITED, self._tries)
         except RateLimited as error:
@@ -341,6 +343,7 @@ class Fetcher:
 
         def deliver() -> bool:
             emit.packet(time.time_ns(), emit.clock())
+            self.round_trip_ns = emit.t0_ns - began_ns
             if status >= 400:
                 emit.counters["http_refused"] += 1
                 failed(status, body)

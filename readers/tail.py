@@ -28,6 +28,7 @@ from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, RingError
 from mdcollector.options import Finite
 from mdcollector.records import ASK, BID, BUY, FEEDS, SELL, UINT32_MAX, Action, Column, Exchange, Feed, Flag
 from mdcollector.ring import RingReader, Rows
+from mdcollector.stats import clock_text, venue_clock
 
 BATCH_ROWS = 8192  # held of one ring at most: bounds memory, and is far beyond what numpy needs to be quick
 LOOK_S = 0.5  # how often to look for new and replaced rings, and for what has to be said
@@ -74,7 +75,7 @@ class Source:
     def __init__(
         self, directory: Path, feed: str, patterns: Sequence[re.Pattern[str]], start: Start, end: bool
     ) -> None:
-        self.reader = RingReader(directory, feed)
+        self.reader, self.directory = RingReader(directory, feed), directory
         self.feed = self.reader.feed
         self.connector = self.reader.connector
         self.label = f"{self.connector}/{feed}"
@@ -650,6 +651,7 @@ class Rate:
     parse_us_p99: float | None
     publish_us_p50: float | None
     publish_us_p99: float | None
+    clock: str  # of the venue against ours: what `timestamp` and `rcv_timestamp` differ by is as unsure
 
 
 class Meter:
@@ -676,7 +678,7 @@ class Meter:
         rate = Rate(
             source.label, source.state(), round((published - self._published) / elapsed_s, 1), published,
             max(0, published - reader.position), reader.lapped, source.damaged, round(reader.heartbeat_age_s, 3),
-            *self._percentiles("parse_ns"), *self._percentiles("publish_ns"),
+            *self._percentiles("parse_ns"), *self._percentiles("publish_ns"), clock_text(venue_clock(source.directory)),
         )  # fmt: skip
         self._published, self._stages, self._samples = published, [], 0
         return rate
@@ -701,6 +703,7 @@ def rate_table(rates: Sequence[Rate]) -> Table:
         "heartbeat",
         "parse p50 / p99",
         "publish p50 / p99",
+        "venue's clock",
     ):
         table.add_column(title, justify="right")
     colours = {"open": "green", "closed": "yellow"}
@@ -708,7 +711,7 @@ def rate_table(rates: Sequence[Rate]) -> Table:
         table.add_row(
             _printable(r.ring), f"[{colours.get(r.state, 'red')}]{r.state}[/]", f"{r.rows_per_s:,.0f}", f"{r.published:,}",
             f"{r.lag:,}", f"{r.lapped:,}", f"{r.damaged:,}", f"{r.heartbeat_age_s:.1f} s",
-            _us_pair(r.parse_us_p50, r.parse_us_p99), _us_pair(r.publish_us_p50, r.publish_us_p99),
+            _us_pair(r.parse_us_p50, r.parse_us_p99), _us_pair(r.publish_us_p50, r.publish_us_p99), r.clock,
         )  # fmt: skip
     return table
 
@@ -721,7 +724,7 @@ def rate_line(r: Rate) -> str:
     parse, publish = _us_pair(r.parse_us_p50, r.parse_us_p99), _us_pair(r.publish_us_p50, r.publish_us_p99)
     return (
         f"{_printable(r.ring)} {r.state} rows/s={r.rows_per_s:.1f} published={r.published} lag={r.lag} lapped={r.lapped} "
-        f"damaged={r.damaged} heartbeat_age={r.heartbeat_age_s:.1f}s parse_p50/p99={parse} publish_p50/p99={publish}"
+        f"damaged={r.damaged} heartbeat_age={r.heartbeat_age_s:.1f}s parse_p50/p99={parse} publish_p50/p99={publish} clock={r.clock}"
     )
 
 

@@ -183,6 +183,14 @@ def test_what_is_said_of_instruments_is_merged_by_content_over_restarts(two: Ben
     assert (rows["packet_id"] % 2).tolist() == [0, 1, 1, 0], "who said it first"
 
 
+def test_what_both_legs_measure_of_the_clock_is_kept(two: Bench) -> None:
+    """Each measured by itself, so neither is a copy of the other."""
+    two.legs[0].at(1000).clock_offset("request", 900, 10.0, 5.0)
+    two.legs[1].at(1500).clock_offset("request", 1400, 12.0, 4.0)
+    two.rest()
+    assert two.rows("clocks")["uncertainty_us"].tolist() == [5.0, 4.0]
+
+
 def test_a_list_that_is_older_than_the_newest_word_says_nothing(two: Bench) -> None:
     """Leg 0 comes back with rows of before: its word is older than what is known, whatever it says."""
     two.legs[1].at(1000).instrument_info(TICKER, True, "spot", "BTC", "USDT", "TRADING", tick_size=0.001)

@@ -34,6 +34,7 @@ SIZES = {
     "liquidations": 64,
     "instruments": 192,
     "gaps": 128,
+    "clocks": 128,
 }
 
 
@@ -258,6 +259,21 @@ def test_gap(made: Made) -> None:
     assert made.emit.counters == {"gap_orderbook_l2_sequence": 1, "gap_trades_filled_repaired": 1}
 
 
+def test_clock_offset(made: Made) -> None:
+    made.emit.clock_offset("request", 7, -1500.5, 12.5)
+    made.emit.clock_offset("step", 0, 1.0, step_us=-3)
+    first = b"request".ljust(8, b"\0") + f8(-1500.5, 12.5) + i8(0)
+    second = b"step".ljust(8, b"\0") + f8(1.0, NAN) + i8(-3)
+    assert made.stored("clocks") == [
+        row("clocks", 0, 2, LAST, first, timestamp=7),
+        row("clocks", 1, 2, LAST | TIME_LOCAL, second, parse=20, publish=20),
+    ]
+    assert made.emit.rings["clocks"].tickers == ["A", "BÉ", "*"]
+    assert made.emit.rings["trades"].tickers == ["A", "BÉ"], "nothing else has it"
+    with pytest.raises(FrameError):
+        made.emit.clock_offset("request", 1 << 62, 0.0)
+
+
 def test_an_instrument_is_told_when_something_of_it_is_new(made: Made) -> None:
     def tell(tick_size: float) -> None:
         made.emit.instrument_info(
@@ -321,12 +337,14 @@ def test_a_replay_is_flagged_in_every_row(tmp_path: Path) -> None:
     one.emit.liquidation(one.a, 1, 1, 1.0, 1.0)
     one.emit.instrument_info("A", True, "spot", "A", "", "")
     one.emit.gap("trades", "A", cause="x")
+    one.emit.clock_offset("request", 1, 1.0, 2.0)
     flags = {name: ring.recent_rows(0)["flags"].tolist() for name, ring in one.emit.rings.items()}
     one.emit.close()
     both = [REPLAYED | LAST]
     assert flags == {
         "trades": [*both, REPLAYED, *both], "orderbook_l2": [REPLAYED, *both], "bbo": both, "tickers": both, "candles": both,
         "liquidations": both, "instruments": [REPLAYED | LAST | TIME_LOCAL], "gaps": [REPLAYED | LAST | TIME_LOCAL],
+        "clocks": both,
     }  # fmt: skip
 
 
@@ -561,7 +579,12 @@ def test_feeds_that_are_not_configured_are_checked_and_left_out(tmp_path: Path) 
     with pytest.raises(FrameError):
         one.emit.trade(one.a, 1, 1, NAN, 1.0, 1)
     one.emit.bbo(one.a, 1, 1.0, 1.0, 2.0, 1.0)
-    assert {name: ring.next for name, ring in one.emit.rings.items()} == {"bbo": 1, "instruments": 0, "gaps": 0}
+    assert {name: ring.next for name, ring in one.emit.rings.items()} == {
+        "bbo": 1,
+        "instruments": 0,
+        "gaps": 0,
+        "clocks": 0,
+    }
     one.emit.close()
 
 

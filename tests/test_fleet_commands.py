@@ -78,7 +78,14 @@ def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(fleet
     line = next(line for line in fleet.logs[0].read_text().splitlines() if line.startswith('{"rings"'))
     report = json.loads(line)
     assert report["lost"] == 0
-    assert {row["feed"] for row in report["rings"]} == {"trades", "orderbook_l2", "bbo", "instruments", "gaps"}
+    assert {row["feed"] for row in report["rings"]} == {
+        "trades",
+        "orderbook_l2",
+        "bbo",
+        "instruments",
+        "gaps",
+        "clocks",
+    }
     assert all(row["published"] == row["durable"] for row in report["rings"])
     fleet.sim.stop()
     proof = prove(fleet.sim.ledger(), target, fleet.rings, exchange, feeds=("trades", "orderbook_l2", "bbo"))
@@ -496,3 +503,6 @@ def test_the_host_clock_steps_by_two_seconds(fleet_of: Start, exchange: str) -> 
     assert all(0 < row["parse_ns"] <= row["publish_ns"] < 1_000_000_000 for row in rows), "stage times are monotonic"
     packets = [row["packet_id"] for row in rows]
     assert packets == sorted(packets)
+    steps = [row["step_us"] for row in fleet.rows("clocks") if row["source"] == "step"]
+    assert [round(step / 1e6) for step in steps] == [2, -4, 2]
+    assert fleet.counter("clock_steps") == 3

@@ -20,7 +20,7 @@ def test_sizes_and_offsets_are_pinned_for_this_layout_version() -> None:
     assert LAYOUT_VERSION == 1
     assert {name: feed.dtype.itemsize for name, feed in FEEDS.items()} == {
         "trades": 128, "orderbook_l2": 128, "bbo": 128, "tickers": 192, "candles": 128, "liquidations": 64,
-        "instruments": 192, "gaps": 128,
+        "instruments": 192, "gaps": 128, "clocks": 128,
     }  # fmt: skip
     own = {
         name: {column.name: feed.dtype.fields[column.name][1] for column in (*feed.bytes2, *feed.words)}
@@ -47,6 +47,7 @@ def test_sizes_and_offsets_are_pinned_for_this_layout_version() -> None:
         "gaps": {
             "repaired": 38, "feed": 40, "first_id": 56, "last_id": 64, "from_time": 72, "to_time": 80, "cause": 88,
         },
+        "clocks": {"source": 40, "offset_us": 48, "uncertainty_us": 56, "step_us": 64},
     }  # fmt: skip
 
 

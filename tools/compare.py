@@ -33,6 +33,7 @@ from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnecte
 from mdcollector.options import Finite
 from mdcollector.records import GAPS, Flag
 from mdcollector.ring import RingReader
+from mdcollector.stats import clock_text, venue_clock
 from tools.live import USER_AGENT, LiveFeed, fetch, log_options, stop_on_signals
 from tools.venues import (
     CANDLES_COMPARED,
@@ -750,6 +751,7 @@ class Comparison:
         self._ring_sides = [
             RingSide(directory, feed, tickers, self.report, settings.seek) for directory, feed in rings.found
         ]
+        self._found = rings.found
         self._own_side = OwnSide(venue, self.report, rings.feeds, tickers, url)
         self.error = ""
 
@@ -857,7 +859,13 @@ class Comparison:
         for name in ("rcv_diff", "visible_diff", "exchange_to_own", "exchange_to_ring"):
             spread: Spread = getattr(matcher, name)
             row |= {f"{name}_p50_us": spread.percentile(0.5), f"{name}_p99_us": spread.percentile(0.99)}
-        return row
+        clock = self._clock()
+        return row | {"clock_offset_us": clock.get("offset_us"), "clock_uncertainty_us": clock.get("uncertainty_us")}
+
+    def _clock(self) -> dict[str, Any]:
+        """The exchange's clock against ours, as the connector measured it: latencies from the exchange are as unsure."""
+        clocks = [venue_clock(directory) for directory in dict.fromkeys(d for d, _ in self._found)]
+        return min(clocks, key=lambda clock: clock.get("uncertainty_us") or math.inf, default={})
 
     def summary(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         sums = ("own", "ring", "identical", "different", "missing", "extra", "duplicate", "explained")
@@ -878,6 +886,7 @@ class Comparison:
             "feeds": by_feed,
             "not_compared": [f for f in _comparable(self._venue) if f not in self.feeds],
             "window": "per instrument and feed from the first to the last id that both sides showed",
+            "exchange_clock": clock_text(self._clock()),
             "ring_rows_lapped": self.lapped,
             "own_frames": self._own_side.frames,
             "own_unreadable": self._own_side.unreadable,
@@ -917,6 +926,7 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     console.print(table)
     if len(rows) > TABLE_ROWS_MAX:
         console.print(f"and {len(rows) - TABLE_ROWS_MAX} more in {summary['out']}/summary.csv")
+    console.print(f"the exchange's clock against this machine's: {summary['exchange_clock']}", markup=False)
     for text in (summary["error"], *summary["own_complaints"]):
         if text:
             console.print(text, style="red", markup=False)

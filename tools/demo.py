@@ -24,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mdcollector.config import ALLOW_ROOT
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS
 from mdcollector.exchanges import venue_class
 from mdcollector.options import Finite
@@ -322,8 +323,9 @@ def main(seconds: float, rate: float, exchanges: list[str], out: Path) -> None:
     with simulators(out, exchanges, rate) as running:
         fleet_path = write_fleet(out, running)
         command = [sys.executable, "-m", "mdcollector", "--log-level", "warning", "up", "-c", str(fleet_path)]
+        env = {**os.environ, ALLOW_ROOT: "1"}  # what it takes in is made here, by itself
         with open(out / "fleet.log", "w") as log:
-            fleet = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603 (our own)
+            fleet = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)  # noqa: S603
         comparators: dict[str, subprocess.Popen[str]] = {}
         try:
             wait_for_rows(out, running, fleet)

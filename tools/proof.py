@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mdcollector.records import ALWAYS_ON
 from mdcollector.ring import RingReader
 from tools.sim.ledger import Ledger
 from tools.sim.server import venues
@@ -111,7 +112,7 @@ def prove(
     for feed in feeds:
         comparison.feed(feed)
     if rings is not None:
-        for feed in (*feeds, "instruments", "gaps"):
+        for feed in (*feeds, *ALWAYS_ON):
             comparison.rings(rings, feed)
     return comparison.proof
 

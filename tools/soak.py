@@ -28,6 +28,7 @@ from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
+from mdcollector.config import ALLOW_ROOT
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, RingError
 from mdcollector.exchanges import venue_class
 from mdcollector.options import Finite
@@ -273,7 +274,11 @@ class Soak:
         logs = {name: self.out / f"{name}.log" for name in ("fleet", "monitor")}
         with open(logs["fleet"], "w") as fleet_log, open(logs["monitor"], "w") as monitor_log:
             fleet = subprocess.Popen(  # noqa: S603 (our own program)
-                [*base, "up", "-c", str(fleet_path)], stdout=fleet_log, stderr=fleet_log, start_new_session=True
+                [*base, "up", "-c", str(fleet_path)],
+                stdout=fleet_log,
+                stderr=fleet_log,
+                start_new_session=True,
+                env={**os.environ, ALLOW_ROOT: "1"},  # what it takes in is made here, by itself
             )
             monitor = subprocess.Popen(  # noqa: S603 (our own program)
                 [*base, "monitor", "-c", str(fleet_path)], stdout=monitor_log, stderr=monitor_log

@@ -172,6 +172,7 @@ class Venue(ABC):
     KNOWN_FIELDS: ClassVar[frozenset[str]] = frozenset()
     # HTTP statuses that mean "slow down", beside 429 and 418: wait in s.
     RATE_LIMITED: ClassVar[Mapping[int, float]] = {}
+    TIME_PATH: ClassVar[str] = ""  # REST path that tells the venue's time; "" = it has none
     OVERLAPS: ClassVar[bool] = True  # two connections can deliver at once; else one ends before the next begins
     CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give
 
@@ -244,6 +245,11 @@ class Venue(ABC):
     def fits(cls, taken: Sequence[Stream], more: Sequence[Stream]) -> bool:
         """Whether a connection with the streams `taken` may carry `more`."""
         return len(taken) + len(more) <= cls.LIMITS.streams_per_connection
+
+    @classmethod
+    def server_time(cls, body: bytes) -> tuple[int, int]:
+        """The venue's time, in us, in an answer to TIME_PATH, and how coarse it is: 1000 = it is cut off to a ms."""
+        raise NotImplementedError(f"{cls.NAME} tells no time")
 
     # One connection
 

@@ -193,6 +193,12 @@ class _RestTrade(msgspec.Struct):
     isBuyerMaker: bool  # noqa: N815 (the venue's name)
 
 
+class _ServerTime(msgspec.Struct):
+    """{"serverTime":1499827319559}"""
+
+    serverTime: Time  # noqa: N815 (the venue's name)
+
+
 class _OpenInterest(msgspec.Struct):
     """{"openInterest":"10659.509","symbol":"BTCUSDT","time":1589437530011}; in base units."""
 
@@ -271,6 +277,7 @@ _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decod
 _decode_rest_agg_trades = msgspec.json.Decoder(list[AggTrade], strict=False).decode
 _decode_open_interest = msgspec.json.Decoder(_OpenInterest, strict=False).decode
 _decode_newest = msgspec.json.Decoder(_Newest | list[_Newest]).decode
+_decode_server_time = msgspec.json.Decoder(_ServerTime).decode
 _decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo, strict=False).decode
 
 # Event name of a raw payload -> the kind of its stream.
@@ -338,6 +345,10 @@ class Binance(Venue):
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
         return [cls._info(symbol) for symbol in decode_body(_decode_exchange_info, body).symbols]
+
+    @classmethod
+    def server_time(cls, body: bytes) -> tuple[int, int]:
+        return _us(decode_body(_decode_server_time, body).serverTime), 1000
 
     @classmethod
     def _info(cls, symbol: _Symbol) -> InstrumentInfo:
@@ -671,6 +682,7 @@ class BinanceSpot(Binance):
     WS_URL = "wss://stream.binance.com:9443"
     REST_URL = "https://api.binance.com"
     API = "/api/v3"
+    TIME_PATH = "/api/v3/time"
     INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w", "1M")
     HTTP_HEADERS: ClassVar[Mapping[str, str]] = {"X-MBX-TIME-UNIT": "MICROSECOND"}
     PATHS: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -719,6 +731,7 @@ class BinanceFutures(Binance):
     WS_URL = "wss://fstream.binance.com"
     REST_URL = "https://fapi.binance.com"
     API = "/fapi/v1"
+    TIME_PATH = "/fapi/v1/time"
     INTERVALS = ("1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w", "1M")
     CREDENTIALS = ("api_key",)
     # Since 2026-04-23. The wrong one, and the old path without a route, acknowledge and stay silent. That `trade` comes on

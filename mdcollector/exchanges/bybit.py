@@ -198,6 +198,16 @@ class _Phase(msgspec.Struct):
     curAuctionPhase: str = ""  # noqa: N815 (the venue's name)
 
 
+class _TimeResult(msgspec.Struct):
+    """{"timeSecond":"1688639403","timeNano":"1688639403423213947"}"""
+
+    timeNano: Annotated[int, msgspec.Meta(gt=0)]  # noqa: N815 (the venue's name)
+
+
+class _Time(msgspec.Struct):
+    result: _TimeResult
+
+
 class _Instrument(msgspec.Struct):
     symbol: str
     status: str = ""
@@ -229,8 +239,9 @@ def _decoder(kind: type[Any]) -> Callable[[bytes], Any]:
 _decode_book, _decode_trades, _decode_ticker = _decoder(Book), _decoder(Trades), msgspec.json.Decoder(Ticker).decode
 _decode_kline, _decode_liquidations = _decoder(Kline), _decoder(Liquidations)
 _decode_envelope, _decode_topics = msgspec.json.Decoder(_Envelope).decode, msgspec.json.Decoder(_Topics).decode
-_decode_status, _decode_rest_trades, _decode_instruments = (
+_decode_status, _decode_time, _decode_rest_trades, _decode_instruments = (
     _decoder(_Status),
+    _decoder(_Time),
     _decoder(_RestTrades),
     _decoder(_Instruments),
 )
@@ -299,6 +310,7 @@ class Bybit(Venue):
     QUOTED_IN_BASE: ClassVar[bool] = True  # quantities and volumes are in base units, turnovers in quote units
     WS_URL = "wss://stream.bybit.com"
     REST_URL = "https://api.bybit.com"
+    TIME_PATH = "/v5/market/time"
     PREFIX = b'{"topic":"'
     RATE_LIMITED: ClassVar[Mapping[int, float]] = {403: BANNED_S}
     LIMITS = Limits(
@@ -389,6 +401,10 @@ class Bybit(Venue):
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
         found = decode_body(_decode_instruments, _checked_body(body)).result
         return [_info(i, cls.CATEGORY) for i in found.list]
+
+    @classmethod
+    def server_time(cls, body: bytes) -> tuple[int, int]:
+        return decode_body(_decode_time, _checked_body(body)).result.timeNano // 1000, 1
 
     @classmethod
     def next_page(cls, path: str, body: bytes) -> str | None:

@@ -146,6 +146,12 @@ class _RestBook(msgspec.Struct):
     time: Moment | None = None
 
 
+class _Time(msgspec.Struct):
+    """{"iso":"2015-01-07T23:47:25.201Z","epoch":1420674445.201}"""
+
+    iso: Moment
+
+
 class _Product(msgspec.Struct):
     id: str
     status: str
@@ -164,6 +170,7 @@ _decode_heartbeat = msgspec.json.Decoder(Heartbeat, strict=False).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
 _decode_book = msgspec.json.Decoder(_RestBook, strict=False).decode
+_decode_time = msgspec.json.Decoder(_Time).decode
 _decode_products = msgspec.json.Decoder(list[_Product], strict=False).decode
 
 # Channel that stands for a feed in the name of its stream -> all channels that the feed needs: heartbeats prove trades,
@@ -227,6 +234,7 @@ class CoinbaseExchange(Venue):
     BOOK_INTERVALS = ("raw", "50ms")
     WS_URL = "wss://ws-feed.exchange.coinbase.com"
     REST_URL = "https://api.exchange.coinbase.com"
+    TIME_PATH = "/time"
     PREFIX = b'{"type":"'
     LIMITS = Limits(  # websocket-feed/rate-limits and rest-api/rate-limits, 2026
         streams_per_connection=400,  # none documented; chosen to keep one core's bursts short
@@ -297,6 +305,11 @@ class CoinbaseExchange(Venue):
             )
             for p in decode_body(_decode_products, body)
         ]  # fmt: skip
+
+    @classmethod
+    def server_time(cls, body: bytes) -> tuple[int, int]:
+        us = _us(decode_body(_decode_time, body).iso)
+        return us, 1 if us % 1000 else 1000  # it is written in ms or finer; a whole ms may be cut off
 
     # Connection
 

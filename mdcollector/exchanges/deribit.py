@@ -156,6 +156,13 @@ class _Token(msgspec.Struct):
     expires_in: int
 
 
+class _TimeReply(msgspec.Struct):
+    """{"jsonrpc":"2.0","result":1733338800000,"usIn":1733338800000123,"usOut":1733338800000130,"usDiff":7,...}"""
+
+    result: TimeMs
+    usOut: int = 0  # noqa: N815 (the venue's name); when the answer went out
+
+
 class _Instrument(msgspec.Struct):
     """public/get_instruments, 2026-07; times in ms, an instrument without expiry has one in the year 3000."""
 
@@ -226,6 +233,7 @@ _decode_quote, _decode_ticker, _decode_chart = (
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_instruments = msgspec.json.Decoder(_Instruments).decode
 _decode_trades_reply = msgspec.json.Decoder(_TradesReply).decode
+_decode_time = msgspec.json.Decoder(_TimeReply).decode
 _decode_newest = msgspec.json.Decoder(_NewestReply).decode
 _decode_book_reply = msgspec.json.Decoder(_BookReply).decode
 _decode_token = msgspec.json.Decoder(_Token).decode
@@ -258,6 +266,7 @@ class Deribit(Venue):
     BOOK_INTERVALS = ("raw", "100ms", "agg2")
     WS_URL = "wss://www.deribit.com"
     REST_URL = "https://www.deribit.com"
+    TIME_PATH = "/api/v2/public/get_time"
     PREFIX = b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"'
     LIMITS = Limits(
         streams_per_connection=500,
@@ -324,6 +333,11 @@ class Deribit(Venue):
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
         return [_info(i) for i in decode_body(_decode_instruments, body).result]
+
+    @classmethod
+    def server_time(cls, body: bytes) -> tuple[int, int]:
+        reply = decode_body(_decode_time, body)
+        return (reply.usOut, 1) if reply.usOut else (reply.result * 1000, 1000)
 
     # Connection
 

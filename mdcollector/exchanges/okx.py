@@ -173,6 +173,12 @@ class _RestTrade(msgspec.Struct):
     ts: TimeMs
 
 
+class _Time(msgspec.Struct):
+    """{"ts":"1597026383085"}"""
+
+    ts: Annotated[str, msgspec.Meta(min_length=1)]
+
+
 class _Instrument(msgspec.Struct):
     instId: str  # noqa: N815 (the venue's names)
     instType: str  # noqa: N815
@@ -239,6 +245,7 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
 _decode_instruments = msgspec.json.Decoder(list[_Instrument]).decode
+_decode_times = msgspec.json.Decoder(list[_Time]).decode
 _decode_newest = msgspec.json.Decoder(list[dict[str, Any] | list[str]]).decode
 
 
@@ -342,6 +349,7 @@ class Okx(Venue):
     BOOK_INTERVALS = ("10ms", "100ms")
     WS_URL = "wss://ws.okx.com:8443"
     REST_URL = "https://www.okx.com"
+    TIME_PATH = "/api/v5/public/time"
     PREFIX = b'{"arg":{'
     DELIMITER = b"}"
     LIMITS = Limits(
@@ -432,6 +440,13 @@ class Okx(Venue):
     @classmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
         return [_info(i) for i in _decode_instruments(_data_of(body)) if i.instType in _KINDS]
+
+    @classmethod
+    def server_time(cls, body: bytes) -> tuple[int, int]:
+        times = decode_body(_decode_times, _data_of(body))
+        if not times:
+            raise FrameError("no_time", "an answer without data")
+        return _time_us(times[0].ts), 1000
 
     # Connection
 
