@@ -455,8 +455,12 @@ class Balance(msgspec.Struct):
 def balance(rings: Path, writers: Sequence[str]) -> list[Balance]:
     """For each of these writers and every ring that it drains: rows in, rows durable."""
     found = []
-    for page in sorted(rings / "_writers" / writer / "stats" for writer in writers):
-        for stream, numbers in read_stats(page)["streams"].items():
+    for writer in sorted(writers):
+        try:
+            page = read_stats(rings / "_writers" / writer / "stats")
+        except RingError:
+            continue  # told by `unread`
+        for stream, numbers in page["streams"].items():
             connector, _, feed = stream.rpartition("/")
             try:
                 with RingReader(rings / connector, feed) as ring:
@@ -468,12 +472,14 @@ def balance(rings: Path, writers: Sequence[str]) -> list[Balance]:
 
 
 def unread(rings: Path, writers: Sequence[str]) -> dict[str, str]:
-    """Rings that one of these writers could not read, so nobody counted their rows, and why."""
-    return {
-        ring: why
-        for writer in writers
-        for ring, why in read_stats(rings / "_writers" / writer / "stats")["refused"].items()
-    }
+    """Rings that one of these writers could not read, so nobody counted their rows, and why; or a writer that never ran."""
+    found: dict[str, str] = {}
+    for writer in writers:
+        try:
+            found |= read_stats(rings / "_writers" / writer / "stats")["refused"]
+        except RingError as error:
+            found[f"all of {writer}"] = str(error)
+    return found
 
 
 def status(rings: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import tomli_w
 from fleet import TICKERS, Fleet, mdcollector, until
 
 from mdcollector.ring import RingReader
+from mdcollector.stats import StatsWriter
+from mdcollector.supervisor import balance, unread
 from tools.proof import prove
 from tools.sim.process import SimProcess
 
@@ -95,7 +97,7 @@ def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(fleet
 def test_run_stops_by_itself_after_seconds(fleet_of: Start) -> None:
     fleet = fleet_of("binance_spot")
     done = mdcollector(
-        "run", "binance_spot", "BTCUSDT", "--target", fleet.data, "--seconds", "3", "--roll-s", "1",
+        "run", "binance_spot", "BTCUSDT", "--target", fleet.data, "--seconds", "10", "--roll-s", "1",
         "--ws-url", fleet.sim.ws_url, "--rest-url", fleet.sim.rest_url,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -152,6 +154,15 @@ def test_up_restarts_what_dies_but_gives_up_on_wrong_configuration(fleet_of: Sta
     assert up.wait(60) == 78
     assert "not started again" in fleet.tail()
     assert fleet.connector.poll() is None
+
+
+def test_a_writer_that_never_ran_is_named_and_hides_no_other_one(tmp_path: Path) -> None:
+    StatsWriter(tmp_path / "_writers" / "one").publish({"role": "writer", "streams": {}, "refused": {"ring": "why"}})
+    assert balance(tmp_path, ["nobody", "one"]) == []
+    found = unread(tmp_path, ["nobody", "one"])
+    assert found.pop("ring") == "why"
+    assert list(found) == ["all of nobody"]
+    assert "no readable stats page" in found["all of nobody"]
 
 
 # Status
