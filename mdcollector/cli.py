@@ -364,15 +364,13 @@ def arbitrate(name: str, config_path: Path) -> None:
     from mdcollector import config
     from mdcollector.arbiter import Arbiter
     from mdcollector.connector import lock_memory, pin
-    from mdcollector.exchanges import venue_class
+    from mdcollector.supervisor import merged_exchange
 
     fleet = config.load(config_path)
     if name not in fleet.arbiters:
         raise ConfigError(f"{config_path}: no arbiter {name!r}; there are {', '.join(fleet.arbiters) or 'none'}")
     settings = fleet.arbiters[name]
-    leg = settings.legs[0]
-    connector = fleet.connectors.get(leg) or fleet.connectors[leg.rpartition(".")[0]]
-    exchange = venue_class(connector.exchange).EXCHANGE
+    exchange = merged_exchange(f"{config_path}: arbiters.{name}", settings, fleet.connectors)
     logs.identify(name)
     pin(settings.cpu)
     lock_memory()
@@ -487,6 +485,8 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
         where = f"{config_path}: connectors.{name}"
         tickers = settings.tickers if offline else supervisor.resolve(where, settings)
         connectors[name] = settings, supervisor.plan(where, name, settings, tickers)
+    for name, arbiter in fleet.arbiters.items():
+        supervisor.merged_exchange(f"{config_path}: arbiters.{name}", arbiter, fleet.connectors)
     plan = plan_fleet(str(config_path), connectors)
     if as_json:
         families = [{**msgspec.to_builtins(family), "sync_s": family.sync_s} for family in plan.families]

@@ -289,6 +289,9 @@ def _check_arbiter(where: str, name: str, arbiter: ArbiterConfig, connectors: Ma
     exchanges = sorted({leg.exchange for leg in legs})
     if len(exchanges) > 1:
         raise ConfigError(f"{where}.legs: of different exchanges ({', '.join(exchanges)}); expected one")
+    for key in ("trade_channel", "book_depth"):  # they say which stream it is, so which ids its rows have
+        if len(values := sorted({str(getattr(leg, key)) for leg in legs})) > 1:
+            raise ConfigError(f"{where}.legs: their {key} differs ({', '.join(map(repr, values))}); expected one")
     common = [feed for feed in legs[0].feeds if all(feed in leg.feeds for leg in legs)]
     arbiter.feeds = arbiter.feeds or common
     if not arbiter.feeds:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +24,11 @@ import aiohttp
 import msgspec
 
 from mdcollector.budget import Budget
-from mdcollector.config import ConnectorConfig, FleetConfig
+from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig
 from mdcollector.connector import rest_hosts, selection, venue_options, weight_budget
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
-from mdcollector.records import DATA_FEEDS, FEEDS
+from mdcollector.records import DATA_FEEDS, FEEDS, Exchange
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
 from mdcollector.transport import HTTP_TRIES, get, open_session, tls_context
@@ -152,6 +152,18 @@ def plan(where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str
         Planned(process, name, list(dict.fromkeys(s.ticker for s in streams)), streams, process in last_of.values())
         for process, streams in zip(names, connections, strict=True)
     ]
+
+
+def merged_exchange(where: str, arbiter: ArbiterConfig, connectors: Mapping[str, ConnectorConfig]) -> Exchange:
+    """The exchange whose feeds an arbiter merges. ConfigError: no feed without holes and copies can come of them."""
+    leg = arbiter.legs[0]  # what says which rows come is the same for all
+    settings = connectors.get(leg) or connectors[leg.rpartition(".")[0]]
+    kind = venue_class(settings.exchange)
+    refused = kind.not_mergeable(venue_options(settings, kind))
+    for feed in arbiter.feeds:
+        if feed in refused:
+            raise ConfigError(f"{where}.feeds: {feed} of {kind.NAME} cannot be merged: {refused[feed]}")
+    return kind.EXCHANGE
 
 
 def find_planned(
@@ -289,6 +301,8 @@ class Supervisor:
     def __init__(self, config_path: Path, fleet: FleetConfig, log_args: Sequence[str] = ()) -> None:
         self.rings, self._config_path = Path(fleet.rings), config_path
         self._base = [sys.executable, "-m", "mdcollector", *log_args, "--parent", str(os.getpid())]
+        for name, arbiter in fleet.arbiters.items():
+            merged_exchange(f"{config_path}: arbiters.{name}", arbiter, fleet.connectors)
         self._stats = StatsWriter(self.rings / "_supervisor")
         self.arbiters = [self._child(name, "arbiter", "arbitrate") for name in fleet.arbiters]
         self.writers = [self._child(name, "writer", "write") for name in fleet.writers]

@@ -251,6 +251,11 @@ class Venue(ABC):
         """The venue's time, in us, in an answer to TIME_PATH, and how coarse it is: 1000 = it is cut off to a ms."""
         raise NotImplementedError(f"{cls.NAME} tells no time")
 
+    @classmethod
+    def not_mergeable(cls, options: Options) -> dict[str, str]:
+        """Feeds of which an arbiter cannot make one out of two connections -> why. It refuses them."""
+        return {}
+
     # One connection
 
     def ws_path(self) -> str:

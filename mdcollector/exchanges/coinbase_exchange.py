@@ -293,6 +293,13 @@ class CoinbaseExchange(Venue):
         return streams
 
     @classmethod
+    def not_mergeable(cls, options: Options) -> dict[str, str]:
+        return {
+            "orderbook_l2": "messages of books have no number, so one that a leg lacks does not show when it is needed: take"
+            " the books of one leg"
+        }
+
+    @classmethod
     def instruments_paths(cls) -> tuple[str, ...]:
         return ("/products",)
 

@@ -432,6 +432,15 @@ class Okx(Venue):
         return books <= BOOKS_PER_CONNECTION and super().fits(taken, more)
 
     @classmethod
+    def not_mergeable(cls, options: Options) -> dict[str, str]:
+        if options.trade_channel == "trades-all":
+            return {}
+        return {
+            "trades": "on the channel trades a row may stand for several trades, which another leg may have fetched one by"
+            ' one: take trade_channel = "trades-all"'
+        }
+
+    @classmethod
     def instruments_paths(cls) -> tuple[str, ...]:
         lists = [f"instType={kind}" for kind in ("SPOT", "SWAP", "FUTURES")]
         lists += [f"instType=OPTION&instFamily={family}" for family in OPTION_FAMILIES]
