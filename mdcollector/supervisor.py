@@ -109,6 +109,8 @@ async def _pages(
             listed += page
         else:
             raise Disconnected(f"{base}{first}: more than {PAGES_MAX} pages of instruments")
+    if not listed:  # half a failure of theirs, and nothing that could be held against a configuration
+        raise Disconnected(f"{base}: the list of instruments is empty")
     return listed
 
 

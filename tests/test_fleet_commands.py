@@ -353,6 +353,16 @@ def test_a_list_of_instruments_that_cannot_be_read_is_asked_for_again(fleet_of: 
     assert "conn: 5 streams of 1 tickers (BTCUSDT)" in done.stdout
 
 
+def test_an_empty_list_of_instruments_is_no_answer(fleet_of: Start) -> None:
+    fleet = fleet_of(
+        "gmx", tickers=["ETH"], feeds=["tickers"], sim=("--fault", "bad_body:every=0.01,count=9,kind=empty")
+    )
+    done = mdcollector("check", "-c", fleet.config)
+    assert done.returncode == 0, done.stderr
+    assert "tickers not checked, no list of instruments: " in done.stderr
+    assert "the list of instruments is empty" in done.stderr
+
+
 def test_up_begins_with_the_venues_that_answer_and_takes_the_others_when_they_do(fleet_of: Start) -> None:
     fleet = fleet_of("binance_spot")
     with closing(socket.socket()) as free:
