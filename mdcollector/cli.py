@@ -38,6 +38,7 @@ CONFIG = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), required=True,
     help="Fleet file (TOML).",
 )  # fmt: skip
+OTHERS_NOTHING = 0o027
 LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
 SECONDS = click.option("--seconds", type=Finite(0, min_open=True), help="Stop by itself after so long.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -94,6 +95,7 @@ def main(ctx: click.Context, log_level: str, log_format: str, parent: int | None
 
     Exit codes: 0 done and proven, 1 finished with findings, 2 wrong use, 78 wrong configuration.
     """
+    os.umask(os.umask(OTHERS_NOTHING) | OTHERS_NOTHING)  # files 0640, directories 0750, whoever makes them
     logs.set_up(log_level, log_format)
     if parent is not None:
         end_with(parent)
@@ -597,7 +599,11 @@ def top(config_path: Path | None, rings: Path | None) -> None:
         from mdcollector.top import Top
     except ModuleNotFoundError as error:
         raise click.UsageError(f"needs Textual ({error}): pip install 'mdcollector[top]'") from error
-    Top(_rings(config_path, rings)).run()
+    from mdcollector import config
+
+    fleet = config.load(config_path) if config_path is not None else config.FleetConfig()
+    disks = [Path(writer.out) for writer in fleet.writers.values() if "://" not in writer.out]
+    Top(_rings(config_path, rings), [disk for disk in disks if disk.exists()]).run()
 
 
 def _rings(config_path: Path | None, rings: Path | None) -> Path:

@@ -61,11 +61,12 @@ KINDS: dict[str, Kind] = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something that is not well: `kind` of KINDS, `process` that has it, and words for people."""
+    """Something that is not well: `kind` of KINDS, `process` that has it, words for people, and whose rows it concerns."""
 
     kind: str
     process: str
     text: str
+    about: str = ""  # the process that fills the ring, where `process` drains it
 
     @property
     def state(self) -> str:
@@ -95,6 +96,11 @@ def judge(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> 
         findings += _writer(name, page, _earlier(before, "writers", name))
     findings += _supervised(found["supervisor"] or {}, before["supervisor"] if before is not None else None)
     return findings
+
+
+def concerning(findings: list[Finding], name: str) -> list[Finding]:
+    """What is not well with a process, with who drains its rings, and with the disks that all need."""
+    return [f for f in findings if name in (f.process, f.about) or f.kind == "disk_low"]
 
 
 def state_of(findings: list[Finding]) -> str:
@@ -203,13 +209,13 @@ def _arbiter(name: str, page: Page) -> Iterator[Finding]:
 def _writer(name: str, page: Page, before: Page | None) -> Iterator[Finding]:
     earlier = _same_life(page, before)
     for stream, numbers in page["streams"].items():
-        then = earlier.get("streams", {}).get(stream, {})
+        then, filler = earlier.get("streams", {}).get(stream, {}), stream.rpartition("/")[0]
         if numbers["behind"]:
-            yield Finding("writer_behind", name, f"{stream} is behind by more than half of its ring")
+            yield Finding("writer_behind", name, f"{stream} is behind by more than half of its ring", filler)
         if lost := numbers["lapped"] - then.get("lapped", 0):
-            yield Finding("rows_lost", name, f"{stream}: {lost:,} rows were overwritten before they were read")
+            yield Finding("rows_lost", name, f"{stream}: {lost:,} rows were overwritten before they were read", filler)
         if damaged := numbers["damaged"] - then.get("damaged", 0):
-            yield Finding("rows_lost", name, f"{stream}: {damaged:,} rows were damaged in the ring")
+            yield Finding("rows_lost", name, f"{stream}: {damaged:,} rows were damaged in the ring", filler)
     for kind, count in page["errors"].items():
         if more := count - earlier.get("errors", {}).get(kind, 0):
             yield Finding("writer_error", name, f"{more} errors {kind}")

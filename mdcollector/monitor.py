@@ -6,7 +6,8 @@ Once a second it looks at the fleet (`supervisor.status`), judges it (`health`),
     /metrics           Prometheus exposition, made anew from the last look at each scrape
     /health            200 while the monitor itself looks, with the state of everything as JSON
     /ready             200 when no process is down, else 503
-    /health/NAME       one process: 200 ok or degraded, 503 down, 404 unknown; with the reasons
+    /health/NAME       one process: 200 ok or degraded, 503 down, 404 unknown; with the reasons, those of who drains
+                       its rings and of the disks among them
 """
 
 import asyncio
@@ -35,7 +36,7 @@ from prometheus_client.registry import Collector
 from mdcollector.alerts import Alerts, Messenger
 from mdcollector.config import MonitorConfig
 from mdcollector.errors import ConfigError
-from mdcollector.health import DISK_FREE_LEAST, DOWN, KINDS, Finding, judge, state_of
+from mdcollector.health import DISK_FREE_LEAST, DOWN, KINDS, Finding, concerning, judge, state_of
 from mdcollector.records import ALWAYS_ON, FEEDS, TRADES
 from mdcollector.stats import HISTOGRAM_BOUNDS_NS, notify_alive
 from mdcollector.supervisor import status
@@ -500,7 +501,7 @@ class Monitor:
         known = {found: page for _, found, page in pages(view.found)} if view is not None else {}
         if view is None or name not in known:
             return _json({"error": f"no process {name!r}", "processes": sorted(known)}, 404)
-        findings = [f for f in view.findings if f.process == name]
+        findings = concerning(view.findings, name)
         reasons = [{"kind": f.kind, "text": f.text, "advice": KINDS[f.kind].advice} for f in findings]
         state, page = state_of(findings), known[name]
         body = {

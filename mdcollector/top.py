@@ -15,12 +15,13 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.widgets import DataTable, Footer, Header, Static
 
-from mdcollector.health import DOWN, OK, Finding, state_of
+from mdcollector.health import DOWN, OK, Finding, concerning, state_of
 from mdcollector.monitor import LOOK_S, View, look, pages
-from mdcollector.records import GAPS
+from mdcollector.records import ALWAYS_ON
+from mdcollector.stats import clock_text
 
-COLUMNS = ("process", "role", "state", "rows/s", "visible p99 us", "rate of the last minute", "gaps", "refused", "invalid books", "lag rows", "CPU %", "MiB", "last error")  # fmt: skip
-HISTORY = 30  # looks that a sparkline shows
+COLUMNS = ("process", "role", "state", "rows/s", "last 30 s", "p50 us", "p99 us", "venue's clock", "gaps", "refused", "invalid books", "lag rows", "CPU %", "MiB", "last error")  # fmt: skip
+HISTORY = 30  # looks, one a second, that a sparkline shows
 _BARS = " ▁▂▃▄▅▆▇█"
 _COLOURS = {OK: "green", DOWN: "red"}
 
@@ -43,7 +44,7 @@ class Row:
 def _rows_in(page: Mapping[str, Any]) -> int:
     if "rows_written" in page:
         return int(page["rows_written"])
-    return sum(int(ring["published"]) for feed, ring in page.get("rings", {}).items() if feed != GAPS.name)
+    return sum(int(ring["published"]) for feed, ring in page.get("rings", {}).items() if feed not in ALWAYS_ON)
 
 
 class Board:
@@ -72,7 +73,8 @@ class Board:
                     name,
                     (
                         name, role, _state(page, [f for f in view.findings if f.process == name]), round(rate),
-                        round(latency.get("p99", 0) / 1000, 1), sparkline(rates),
+                        sparkline(rates), *(round(latency.get(p, 0) / 1000, 1) for p in ("p50", "p99")),
+                        clock_text(page["clock"]) if page.get("clock") else "",
                         sum(n for key, n in counters.items() if key.startswith("gap_")),
                         sum(n for key, n in counters.items() if key.startswith("refused_")),
                         page.get("books_invalid_count", 0), lag,
@@ -89,20 +91,29 @@ def _state(page: Mapping[str, Any], findings: list[Finding]) -> str:
     return str(page["state"]) if state == OK else f"{state}: {page['state']}"
 
 
-def details(view: View, name: str) -> Text:
-    """Everything about one process: findings, notes, counters, streams without data, samples of refused frames."""
+def details(view: View, before: View | None, name: str) -> Text:
+    """Everything about one process: findings, notes, feeds and their rates, latencies, counters, refused frames."""
     page = next((page for _, found, page in pages(view.found) if found == name), None)
     text = Text()
     if page is None:
         return text.append(f"{name} is gone")
     text.append(f"{name}  pid {page['pid']}  {page['state']}\n", style="bold")
-    for finding in view.findings:
-        if finding.process == name:
-            text.append(f"  {finding.state}: {finding.text}\n", style=_COLOURS.get(finding.state, "yellow"))
+    for finding in concerning(view.findings, name):
+        text.append(f"  {finding.state}: {finding.text}\n", style=_COLOURS.get(finding.state, "yellow"))
     for what, note in page.get("notes", {}).items():
         text.append(f"  {what}: {note}\n", style="yellow")
+    then = next((p for _, n, p in pages(before.found) if n == name), {}) if before is not None else {}
+    seconds = view.time - before.time if before is not None else 0.0
     for feed, ring in page.get("rings", {}).items():
-        text.append(f"  ring {feed}: {ring['published']:,} rows of {ring['capacity']:,}, epoch {ring['epoch']}\n")
+        rows = ring["published"] - then.get("rings", {}).get(feed, ring)["published"]
+        rate = rows / seconds if seconds else 0.0
+        text.append(f"  ring {feed}: {ring['published']:,} rows, {rate:,.0f} a second, room for {ring['capacity']:,}\n")
+    for stage, words in (("parse_ns", "decoded"), ("publish_ns", "visible"), ("persisted", "durable")):
+        if said := page.get(stage):
+            times = ", ".join(f"{p} {said[p] / 1000:,.1f}" for p in ("p50", "p90", "p99", "p999"))
+            text.append(f"  received to {words}, us: {times}\n")
+    if page.get("clock"):
+        text.append(f"  venue's clock against ours: {clock_text(page['clock'])}\n")
     if "rows_written" in page:
         for stream, n in page["streams"].items():
             text.append(f"  {stream}: durable {n['durable']:,}, lag {n['lag_rows']:,}, lapped {n['lapped']:,}\n")
@@ -128,6 +139,7 @@ class Top(App[None]):
         self._rings, self._disks = rings, disks
         self._board = Board()
         self._view: View | None = None
+        self._before: View | None = None
         self._sorted_by, self._turned = 0, False
         self._shown = ""
 
@@ -143,8 +155,8 @@ class Top(App[None]):
 
     def look(self) -> None:
         """Read all pages and draw them."""
-        before, self._view = self._view, look(self._rings, self._disks, self._view)
-        self._draw(self._board.rows(self._view, before))
+        self._before, self._view = self._view, look(self._rings, self._disks, self._view)
+        self._draw(self._board.rows(self._view, self._before))
 
     def _draw(self, rows: list[Row]) -> None:
         assert self._view is not None
@@ -159,7 +171,7 @@ class Top(App[None]):
         worst = [str(finding) for finding in self._view.findings][:3]
         self.sub_title = f"{state}  sorted by {COLUMNS[self._sorted_by]}  " + "; ".join(worst)
         if self._shown:
-            self.query_one("#detail", Static).update(details(self._view, self._shown))
+            self.query_one("#detail", Static).update(details(self._view, self._before, self._shown))
 
     def action_sort(self) -> None:
         self._sorted_by = (self._sorted_by + 1) % len(COLUMNS)
@@ -174,7 +186,7 @@ class Top(App[None]):
         detail = self.query_one("#detail", Static)
         detail.styles.display = "block"
         if self._view is not None:
-            detail.update(details(self._view, self._shown))
+            detail.update(details(self._view, self._before, self._shown))
 
     def action_close(self) -> None:
         self._shown = ""

@@ -126,7 +126,7 @@ def test_a_notice_reaches_webhook_and_telegram_also_after_a_refusal(said: pytest
     assert receiver.refused == 2
     bodies = dict(receiver.got)
     hook, chat = bodies["/hook"], bodies[f"/bot{TOKEN}/sendMessage"]
-    assert hook["began"] == [{"kind": "dead", "process": "okx", "text": "silent for 9 s", "state": "down"}]
+    assert hook["began"] == [{"kind": "dead", "process": "okx", "text": "silent for 9 s", "about": "", "state": "down"}]
     assert [f["process"] for f in hook["over"]] == ["parquet"]  # type: ignore[attr-defined]
     assert chat["chat_id"] == "-100"
     assert "DOWN okx: silent for 9 s" in str(chat["text"])

@@ -1,6 +1,7 @@
 """The commands as a user meets them: start, look, stop, wrong configuration, secrets, exit codes. Real processes."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -493,6 +494,25 @@ def test_half_of_the_credentials_in_the_environment_is_an_error(tmp_path: Path) 
 FAKETIME = next(
     (str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), ""
 )  # Debian: apt install libfaketime
+
+
+def test_others_can_read_nothing_whatever_the_umask_is(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with Fleet(tmp_path / "fleet", "binance_spot", feeds=("trades", "bbo")) as fleet:
+            with fleet.config.open("a") as file:
+                file.write('[monitor]\ncsv = "monitor/metrics.csv"\n')
+            up = fleet.spawn("up", "-c", fleet.config)
+            monitor = fleet.spawn("monitor", "-c", fleet.config, "--listen", "127.0.0.1:0")
+            csv = tmp_path / "fleet" / "monitor" / "metrics.csv"
+            until(lambda: csv.exists() and any(fleet.data.rglob("*.parquet")), fleet.tail)
+            fleet.stop(monitor, up)
+            made = [path for top in (fleet.rings, fleet.data, csv.parent) for path in (top, *top.rglob("*"))]
+    finally:
+        os.umask(before)
+    assert {path.name for path in made} >= {"stats", "trades.data", "metrics.csv", "_supervisor", "conn.tickers.json"}
+    modes = {str(path): path.stat().st_mode & 0o777 & ~(0o750 if path.is_dir() else 0o640) for path in made}
+    assert {path: oct(mode) for path, mode in modes.items() if mode} == {}
 
 
 @pytest.mark.skipif(not FAKETIME, reason="libfaketime (Debian: libfaketime) is not installed")

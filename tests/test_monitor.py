@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mdcollector import monitor
-from mdcollector.health import DEGRADED, DOWN, KINDS, OK, Finding, judge, state_of
+from mdcollector.health import DEGRADED, DOWN, KINDS, OK, Finding, concerning, judge, state_of
 from tests.fleet import Fleet, until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -185,6 +185,44 @@ def test_what_is_counted_is_found_when_it_grows() -> None:
     assert [f.kind for f in judge(fresh, fleet_of())] == ["reconnected"], "also of a process that was not there before"
     holes = [fleet_of(page(counters={"gap_trades_sequence": n})) for n in (10, 500)]
     assert [f.kind for f in judge(holes[1], holes[0])] == ["holes"]
+
+
+def test_a_connector_is_not_well_when_who_drains_it_is_behind_or_a_disk_is_full() -> None:
+    behind, other = judge(fleet_of(writer=drain(behind=True)))[0], Finding("dead", "d", "")
+    disk = Finding("disk_low", "/data", "")
+    assert concerning([behind, other, disk], "c") == [behind, disk]
+    assert concerning([behind, other, disk], "w") == [behind, disk]
+    assert concerning([behind, other], "e") == []
+
+
+@pytest.mark.parametrize(
+    ("clock", "kinds"),
+    [
+        ({"steps": 0, "last_step_us": 0}, []),
+        ({"offset_us": 600_000.0, "uncertainty_us": 5_000.0}, ["clock_offset"]),
+        ({"offset_us": -600_000.0, "uncertainty_us": 5_000.0}, ["clock_offset"]),
+        ({"offset_us": 600_000.0, "uncertainty_us": 200_000.0}, []),
+        ({"offset_us": 600_000.0, "uncertainty_us": None}, ["clock_offset"]),
+        ({"offset_us": -600_000.0, "uncertainty_us": None}, []),
+    ],
+)
+def test_an_offset_is_found_when_it_is_beyond_doubt(clock: dict[str, Any], kinds: list[str]) -> None:
+    assert [f.kind for f in judge(fleet_of(page(clock=clock)))] == kinds
+
+
+def test_steps_bans_and_storms_are_found_when_they_happened_lately() -> None:
+    before = fleet_of(page())
+    for counters, kinds in (
+        ({"clock_steps": 1}, ["clock_stepped"]),
+        ({"http_rate_limited": 1}, ["banned"]),
+        ({"rate_limited": 1}, ["banned"]),
+        ({"gap_orderbook_l2_sequence": 51}, ["resync_storm"]),
+        ({"gap_trades_sequence": 51}, ["holes"]),
+        ({"gap_trades_sequence": 30, "gap_orderbook_l2_sequence": 30, "gap_trades_sequence_repaired": 90}, []),
+    ):
+        after = fleet_of(page(counters=counters, clock={"steps": 1, "last_step_us": -5}))
+        assert [f.kind for f in judge(after, before)] == kinds, counters
+        assert judge(after, after) == []
 
 
 def test_the_worst_finding_is_the_state() -> None:

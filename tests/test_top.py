@@ -26,6 +26,11 @@ def cells(app: Top) -> dict[str, dict[str, object]]:
     return {str(row[0]): dict(zip(COLUMNS, row, strict=True)) for row in rows}
 
 
+def test_the_picture_in_the_readme_has_the_columns_of_today(repository: Path) -> None:
+    heads = [line.split() for line in (repository / "README.md").read_text().splitlines() if "p99 us" in line]
+    assert heads == [" ".join(COLUMNS).split()]
+
+
 def test_it_shows_the_fleet_sorts_it_and_tells_all_about_one_process(tmp_path: Path) -> None:
     async def drive(fleet: Fleet) -> None:
         app = Top(fleet.rings)
@@ -47,6 +52,9 @@ def test_it_shows_the_fleet_sorts_it_and_tells_all_about_one_process(tmp_path: P
             assert detail.styles.display == "block"
             text = str(detail.render())
             assert "ring trades:" in text
+            assert " a second" in text
+            assert "received to visible, us: p50 " in text
+            assert "venue's clock against ours: " in text
             assert "connections: 1" in text
             await pilot.press("escape")
             assert detail.styles.display == "none"
