@@ -31,6 +31,7 @@ class ConnectorPlan(msgspec.Struct):
     streams: int
     messages: int  # client messages that subscribe everything
     weight: int  # request weight of the first snapshots and of the list of instruments
+    polled_per_s: float  # request weight a second that polling costs all the time
     messages_s: float  # that the slowest connection needs for its messages
     ring_bytes: int
 
@@ -90,6 +91,7 @@ def _connector_plan(
         sum(len(connection.streams) for connection in connections),
         sum(messages),
         books * kind.snapshot_weight(options) + lists * limits.instruments_weight,
+        sum(kind.polled_weight(connection.streams, options) for connection in connections),
         max(0.0, (max(messages, default=0) - max(1.0, limits.messages_per_s)) / limits.messages_per_s),
         sum(_ring_bytes(settings, connection) for connection in connections),
     )
@@ -115,9 +117,15 @@ def _ring_bytes(settings: ConnectorConfig, connection: Planned) -> int:
 def _family_plan(where: str, family: str, members: Sequence[ConnectorPlan]) -> FamilyPlan:
     limits = venue_class(members[0].exchange).LIMITS
     connections, messages = sum(m.connections for m in members), sum(m.messages for m in members)
+    names, polled = ", ".join(member.name for member in members), sum(m.polled_per_s for m in members)
+    most = limits.weight[0] * WEIGHT_SHARE / limits.weight[1]
+    if polled > most:
+        raise ConfigError(
+            f"{where}: connectors {names}: {polled:g} requests a second to {family}, which is polled; {most:g} are"
+            " allowed from one IP address: take fewer tickers or intervals, or a longer poll_s"
+        )
     allowed, per_s = limits.connects
     if connections > allowed:
-        names = ", ".join(member.name for member in members)
         raise ConfigError(
             f"{where}: connectors {names}: {connections} connections to {family}; it allows {allowed} in {per_s:g} s to "
             "one IP address: take fewer tickers or feeds, or spread them over machines"

@@ -68,6 +68,17 @@ def test_a_book_that_begins_with_its_stream_costs_no_request(tmp_path: Path) -> 
     assert (found["connectors"][0]["weight"], found["families"][0]["weight_s"]) == (0, 0)
 
 
+def test_what_polling_costs_is_planned(tmp_path: Path) -> None:
+    """Two candles of 50 tokens each 20 s, and the prices of all each 2 s."""
+    gmx = {"exchange": "gmx", "tickers": [f"T{n}" for n in range(50)], "feeds": ["candles"], "intervals": ["1m", "1h"]}
+    found = plan(tmp_path, {"a": {**gmx, "poll_s": 20.0}, "b": {**gmx, "tickers": ["T1"], "feeds": ["tickers"]}})
+    assert [c["polled_per_s"] for c in found["connectors"]] == [pytest.approx(100 / 20), pytest.approx(1 / 2)]
+    assert (
+        plan(tmp_path, {"a": {"exchange": "deribit", "tickers": ["BTC-PERPETUAL"]}})["connectors"][0]["polled_per_s"]
+        == 0
+    )
+
+
 def test_the_numbers_are_the_ones_that_the_exchange_sees(tmp_path: Path) -> None:
     """The plan of a fleet of 30 instruments against what the simulated exchange counts until all books are live."""
     from fleet import Fleet, until
@@ -98,6 +109,10 @@ def test_the_numbers_are_the_ones_that_the_exchange_sees(tmp_path: Path) -> None
             "34 connections to deribit; it allows 32",
         ),
         ({"exchange": "deribit", "feeds": ["liquidations"]}, "liquidations not offered"),
+        (  # four fifths of 600 a minute are 8 a second; 150 candles each 15 s are 10, prices each 2 s on three connections
+            {"exchange": "gmx", "tickers": [f"T{n}" for n in range(150)], "feeds": ["candles", "tickers"]},
+            "requests a second to gmx, which is polled; 8 are allowed",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused(tmp_path: Path, connector: dict[str, Any], told: str) -> None:

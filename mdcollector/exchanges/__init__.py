@@ -252,6 +252,11 @@ class Venue(ABC):
         raise NotImplementedError(f"{cls.NAME} tells no time")
 
     @classmethod
+    def polled_weight(cls, streams: Sequence[Stream], options: Options) -> float:
+        """Request weight a second that the streams of a connection cost for as long as they run; 0 = nothing is polled."""
+        return 0.0
+
+    @classmethod
     def not_mergeable(cls, options: Options) -> dict[str, str]:
         """Feeds of which an arbiter cannot make one out of two connections -> why. It refuses them."""
         return {}

@@ -191,6 +191,12 @@ class Gmx(Venue):
         return streams
 
     @classmethod
+    def polled_weight(cls, streams: Sequence[Stream], options: Options) -> float:
+        candles = sum(stream.feed == "candles" for stream in streams)
+        prices = any(stream.feed == "tickers" for stream in streams)  # one request for all
+        return candles / (options.poll_s or CANDLES_EVERY_S) + prices / (options.poll_s or TICKERS_EVERY_S)
+
+    @classmethod
     def instruments_paths(cls) -> tuple[str, ...]:
         return (_TOKENS,)
 
