@@ -72,12 +72,12 @@ def test_prometheus_and_alertmanager_take_their_files(repository: Path, tmp_path
     done = run("promtool", "check", "config", repository / "docker" / "prometheus" / "prometheus.yml")
     assert done.returncode == 0, done.stdout + done.stderr
     alertmanager = tmp_path / "alertmanager.yml"
-    alertmanager.write_text(_without_token_file(repository))
+    alertmanager.write_text(without_token_file(repository))
     done = run("amtool", "check-config", alertmanager)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _without_token_file(repository: Path, token: str = "1:x", **more: str) -> str:
+def without_token_file(repository: Path, token: str = "1:x", **more: str) -> str:
     """Our Alertmanager file for the version of Debian, which is too old for `bot_token_file`."""
     text = (repository / "docker" / "alertmanager" / "alertmanager.yml").read_text()
     assert "bot_token_file:" in text
@@ -196,7 +196,7 @@ def test_a_killed_connector_reaches_telegram_through_prometheus_and_alertmanager
         )
         (tmp_path / "prometheus.yml").write_text(text.replace("5s", "1s"))
         api = f"http://127.0.0.1:{telegram.server_address[1]}"
-        text = _without_token_file(repository, "7:x", api_url=api).replace("group_wait: 10s", "group_wait: 1s")
+        text = without_token_file(repository, "7:x", api_url=api).replace("group_wait: 10s", "group_wait: 1s")
         (tmp_path / "alertmanager.yml").write_text(text)
         assert PROMETHEUS
         assert ALERTMANAGER
