@@ -6,6 +6,7 @@ Imports of heavy modules stand inside the commands, so that a connector does not
 import ctypes
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from mdcollector.planning import FleetPlan
 
+log = logging.getLogger(__name__)
+
 CONFIG = click.option(
     "-c", "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), required=True,
     help="Fleet file (TOML).",
@@ -51,6 +54,14 @@ def _set_log(ctx: click.Context, param: click.Parameter, value: str | None) -> N
         logs.set_up(ctx.obj[1], ctx.obj[3])
 
 
+def _complain(ctx: click.Context, error: Exception) -> None:
+    """Say what ends the command: a sentence for people, a line like all others where logs are for machines."""
+    if ctx.obj is not None and "json" in ctx.obj:
+        log.error("%s", error)
+    else:
+        click.echo(f"mdcollector: {error}", err=True)
+
+
 class Commands(click.Group):
     """A group whose commands all take the log options, and whose errors of ours become one line and an exit code."""
 
@@ -66,10 +77,10 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (ConfigError, RingError) as error:
-            click.echo(f"mdcollector: {error}", err=True)
+            _complain(ctx, error)
             ctx.exit(EXIT_CONFIG)
         except (StorageError, Disconnected, RateLimited) as error:
-            click.echo(f"mdcollector: {error}", err=True)
+            _complain(ctx, error)
             ctx.exit(EXIT_FINDINGS)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mdcollector import logs
+from mdcollector.errors import EXIT_CONFIG
 from mdcollector.ring import RingReader
-from tests.fleet import Fleet, until
+from tests.fleet import Fleet, mdcollector, until
 
 
 @pytest.fixture
@@ -75,3 +76,14 @@ def test_a_connector_logs_under_its_name_and_the_epoch_of_its_rings(tmp_path: Pa
         entries = [json.loads(line) for line in log.read_text().splitlines()]
         (entry,) = [entry for entry in entries if "Disconnected" in entry["message"]]
         assert (entry["process"], entry["epoch"], entry["pid"]) == (fleet.NAME, epoch, fleet.connector.pid)
+
+
+@pytest.mark.parametrize("command", ["connect", "write", "arbitrate", "monitor"])
+def test_what_ends_a_process_is_a_line_of_json_too(tmp_path: Path, command: str) -> None:
+    """The one line that says why a unit gave up is what its journal is searched for."""
+    name = [] if command == "monitor" else ["x"]
+    done = mdcollector("--log-format", "json", command, *name, "-c", tmp_path / "none.toml")
+    assert done.returncode == EXIT_CONFIG
+    (line,) = [json.loads(text) for text in done.stderr.splitlines()]
+    assert line["level"] == "error"
+    assert str(tmp_path / "none.toml") in line["message"]
