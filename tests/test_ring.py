@@ -637,6 +637,11 @@ def test_rows_of_a_block_that_is_half_overwritten_are_passed_on_and_counted_as_u
         assert reader.lapped >= 128
         assert reader.unchecked == 256 - reader.lapped
         assert reader.damaged == 0
+        patch(tmp_path / "trades.data", (200 + 1) * 128 - 8, word(7))  # no checksum covers it, its own number does
+        reader = RingReader(tmp_path, "trades")
+        reader.seek(0)
+        assert numbers(reader.read_sealed()) == [n for n in seen if n != 200]
+        assert reader.damaged == 1
 
 
 def test_a_seal_that_was_torn_by_a_kill_is_made_again(tmp_path: Path) -> None:

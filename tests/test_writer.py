@@ -222,13 +222,19 @@ def test_pages_carry_checksums_an_index_and_zstd(tmp_path: Path) -> None:
 
 def test_a_file_holds_one_utc_day_also_when_receive_times_go_back_over_midnight(tmp_path: Path) -> None:
     midnight = NOON_US + DAY_US // 2
-    offsets = [-2, -1, 0, 1, -1, 2, 3]
+    offsets = [-2, -1, 0, 1, -1, 2, 3, -1]  # begins and ends on the same day
     with ring(tmp_path / "rings", epoch=1) as writer:
         append(writer, [trade(n, midnight + 1_000_000 * offset) for n, offset in enumerate(offsets)])
     drain(tmp_path / "rings", tmp_path / "out")
     found = [(p.parent.name[5:], *map(int, p.stem.rsplit("-", 2)[1:])) for p in files(tmp_path / "out")]
-    assert found == [("2026-03-01", 0, 1), ("2026-03-02", 2, 3), ("2026-03-01", 4, 4), ("2026-03-02", 5, 6)]
-    assert [row["seq_id"] for row in stored(tmp_path / "out")] == list(range(7))
+    assert found == [
+        ("2026-03-01", 0, 1),
+        ("2026-03-02", 2, 3),
+        ("2026-03-01", 4, 4),
+        ("2026-03-02", 5, 6),
+        ("2026-03-01", 7, 7),
+    ]
+    assert [row["seq_id"] for row in stored(tmp_path / "out")] == list(range(8))
 
 
 def test_the_next_writer_goes_on_at_the_next_row_over_epochs(tmp_path: Path) -> None:
