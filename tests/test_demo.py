@@ -26,6 +26,7 @@ def test_everything_agrees_and_a_changed_row_would_be_seen(tmp_path: Path) -> No
     assert "NOT proven" not in done.stdout
     tables, _, query = done.stdout.partition("a query to try:\n")
     assert max(len(line) for line in tables.splitlines() if str(out) not in line) <= 80
+    assert "…" not in tables, "a column is cut"
     answer = subprocess.run(query.partition("\n\n")[0], shell=True, capture_output=True, text=True, timeout=WAIT_S)
     assert "BTCUSDT" in answer.stdout, f"the query does not work as printed: {answer.stderr}"
     numbers = json.loads((out / "summary.json").read_text())

@@ -28,7 +28,7 @@ from mdcollector.config import ALLOW_ROOT
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS
 from mdcollector.exchanges import venue_class
 from mdcollector.options import Finite
-from mdcollector.records import FEEDS
+from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.stats import read_stats
 from mdcollector.supervisor import status
 from mdcollector.transport import USER_AGENT
@@ -55,7 +55,7 @@ STREAMS: dict[str, tuple[str, str]] = {
     "coinbase_exchange": ("", "matches:"),
     "gmx": ("", ""),
 }
-SHORT = {"orderbook_l2": "books", "liquidations": "liq.", "instruments": "instr."}  # 80 columns have no room for more
+SHORT = {"orderbook_l2": "books", "liquidations": "liq."}  # 80 columns have no room for more
 DIFFERENCES_SHOWN = 10
 DETAILS = "summary.json"
 NO_FINDINGS = {"exit_code": EXIT_DONE}
@@ -205,12 +205,15 @@ def _table(title: str, *columns: str) -> Table:
 
 def show(console: Console, out: Path, details: dict[str, dict[str, Any]]) -> None:
     """The summary for people; `details` are what `details_of` found of each exchange."""
-    table = _table("rows in the Parquet tables", *(SHORT.get(feed, feed) for feed in FEEDS))
-    for exchange, found in details.items():
-        table.add_row(exchange, *(f"{found['rows'][feed]:,}" if found["rows"][feed] else "-" for feed in FEEDS))
-    total = {feed: sum(found["rows"][feed] for found in details.values()) for feed in FEEDS}
-    table.add_section()
-    table.add_row("all", *(f"{n:,}" for n in total.values()))
+    shown = (*DATA_FEEDS, "gaps")
+    table = _table("rows in the Parquet tables", *(SHORT.get(feed, feed) for feed in shown), "other")
+    counted = {exchange: Counter[str](found["rows"]) for exchange, found in details.items()}
+    total = sum(counted.values(), Counter[str]())
+    for number, (exchange, rows) in enumerate((*counted.items(), ("all", total))):
+        if number == len(counted):
+            table.add_section()
+        numbers = (*(rows[feed] for feed in shown), rows.total() - sum(rows[feed] for feed in shown))
+        table.add_row(exchange, *(f"{n:,}" if n else "-" for n in numbers))
     console.print(table)
     table = _table("faults injected and healed", "faults", "refused\nframes", "new con-\nnections", "holes\ntold", "filled\nby REST",
                    "books\nlive")  # fmt: skip
