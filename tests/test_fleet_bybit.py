@@ -399,7 +399,8 @@ def test_the_exchange_clock_is_wrong(start: Start, ms: int) -> None:
 
 def test_403_stops_all_requests_for_ten_minutes(start: Start) -> None:
     """F4. "access too frequent" comes without a Retry-After; what comes over the socket is still collected."""
-    fleet = start("linear")
+    fleet = start("linear", clock_s=3600.0)
+    until(lambda: fleet.stats()["clock"].get("source"), "the venue was asked for its time")
     before = fleet.counter("http_requests")
     fleet.sim.fault("ban", seconds=600, status=403)
     fleet.sim.fault("disconnect")
