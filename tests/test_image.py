@@ -5,6 +5,7 @@ the base is put together of Debian's packages, once, or is what MD_IMAGE_BASE na
 `.ci/image.lock` pins. The lock itself is always checked.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -75,11 +76,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if missing := [tool for tool in ("podman", "buildah", "runc", "debootstrap") if shutil.which(tool) is None]:
         pytest.skip(f"{', '.join(missing)} is not installed")
     directory = tmp_path_factory.mktemp("base")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, open(tmp_path_factory.getbasetemp().parent / "base.lock", "w") as lock:
         if "CONTAINERS_CONF" not in os.environ:
             (directory / "containers.conf").write_text(ENGINE)
             patch.setenv("CONTAINERS_CONF", str(directory / "containers.conf"))
         name = BASE or MADE_BASE
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers make one base; the one that waits is held by its test's time-out
         if podman("image", "exists", name).returncode:
             assert name == MADE_BASE, f"MD_IMAGE_BASE: there is no image {name}"
             root, packed = directory / "root", directory / "root.tar"
@@ -94,6 +96,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             podman("-C", root, *left_out, "-cf", packed, ".", tool="tar").check_returncode()
             podman("import", packed, name).check_returncode()
             shutil.rmtree(root)
+        fcntl.flock(lock, fcntl.LOCK_UN)
         yield name
 
 
