@@ -146,11 +146,28 @@ class Feed:
         return packer
 
     @cached_property
+    def word_packer(self) -> struct.Struct:
+        """`packer` of the hottest rows: `ticker` and all columns of one byte as one `row_word`, and text left empty."""
+        codes = ({"i8": "q", "f8": "d"}.get(c.ring, f"{c.ring[1:]}x") for c in self.words)
+        text = "<qqqIIq" + "".join(codes)
+        packer = struct.Struct(f"{text}{self.dtype.itemsize - 8 - struct.calcsize(text)}xq")
+        assert packer.size == self.dtype.itemsize, (self.name, packer.size)
+        return packer
+
+    @cached_property
     def table_columns(self) -> tuple[Column, ...]:
         """Columns of the stored table, in its order: the common ones, the feed's own, flags and stage times."""
         by_name = {c.name: c for c in self.columns}
         own = [c for c in (*self.bytes2, *self.words) if c.table]
         return (*(by_name[n] for n in _TABLE_FIRST), *own, *(by_name[n] for n in _TABLE_LAST))
+
+
+def row_word(ticker: int, exchange: int, flags: int, first: int = 0, second: int = 0) -> int:
+    """The 8 bytes of a row from `ticker` to the feed's own columns of one byte, as the word that `word_packer` takes."""
+    return int.from_bytes(struct.pack("<IBBbB", ticker, exchange, flags, first, second), "little", signed=True)
+
+
+FLAGS_SHIFT = 40  # where the flags are in a `row_word`
 
 
 TRADES = Feed(

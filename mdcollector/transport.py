@@ -47,6 +47,12 @@ Decode = Callable[[bytes], None]
 class Leg(WSListener):
     """One connection. `decode` is the venue's, or a filter in front of it while two connections overlap."""
 
+    # The base class has no dict, and CPython 3.11 does not speed up looks into one that is added: 30 ns each.
+    __slots__ = (
+        "_clock", "_emit", "_fragments", "_fresh", "_on_packet", "_time_ns", "cause", "closed", "crash", "decode",
+        "opened_ns", "outbox", "packets", "tails_checked", "transport",
+    )  # fmt: skip
+
     def __init__(self, emit: Emit, decode: Decode, on_packet: Callable[["Leg"], None]) -> None:
         super().__init__()
         self.decode = decode
