@@ -576,7 +576,8 @@ class Emit:
         """How far the venue's clock is from ours; `timestamp` is its time then, 0 = it gave none."""
         if not 0 <= timestamp < TIME_MAX_US:
             raise FrameError("absurd_number", f"clock timestamp={timestamp}")
-        everything = Instrument("*", {CLOCKS.name: self.rings[CLOCKS.name].code("*")})
+        codes = {CLOCKS.name: self.rings[CLOCKS.name].code("*")}  # in no other table
+        everything = Instrument("*", codes, self._code, self._base_flags)
         self._append(CLOCKS.name, everything, timestamp, 0, (source.encode(), offset_us, uncertainty_us, step_us))
 
     def instrument_info(
