@@ -34,6 +34,7 @@ from mdcollector.supervisor import status
 from mdcollector.transport import USER_AGENT
 from mdcollector.verify import verify
 from tools.proof import Proof, prove
+from tools.sim.server import venues
 
 POSITIVE = Finite(0, min_open=True)
 START_S = 180.0  # a simulator or the first rows that take longer do not come at all
@@ -42,37 +43,15 @@ STOP_S = 150.0  # longer than the supervisor gives its processes before it kills
 COMPARE_EDGE_S = 2.0
 # Streams of books and of trades, by which a fault finds them. Their ids tell what is lost or doubled; where trades have
 # no counter (Bybit) none is lost, because nothing could tell.
-STREAMS: dict[str, tuple[str, str]] = {
-    "binance_spot": ("depth", "@trade"),
-    "binance_futures": ("depth", "@trade"),
-    "deribit": ("book", "trades.*"),
-    "okx": ("books:", "trades:"),
-    "bybit_spot": ("orderbook.50", ""),
-    "bybit_linear": ("orderbook.50", ""),
-    "bybit_inverse": ("orderbook.50", ""),
-    "bybit_option": ("orderbook", ""),
-    "coinbase": ("level2:", "market_trades:"),
-    "coinbase_exchange": ("", "matches:"),
-    "gmx": ("", ""),
-}
 SHORT = {"orderbook_l2": "books", "liquidations": "liq."}  # 80 columns have no room for more
 DIFFERENCES_SHOWN = 10
 DETAILS = "summary.json"
 NO_FINDINGS = {"exit_code": EXIT_DONE}
-POLLED_FAULTS = ("rest_error:every=5,status=503", "bad_body:every=4", "ban:at=11,seconds=2,status=429")
 
 
 def faults(exchange: str) -> list[str]:
     """What is done to the connector of an exchange, and to it alone: the comparator's own connection is left in peace."""
-    books, trades = STREAMS[exchange]
-    found = ["garbage:every=3.5", "disconnect:at=11"] if books or trades else list(POLLED_FAULTS)
-    if books:
-        found += [f"gap:at=5,stream={books}", f"duplicate:every=3,stream={books}"]
-    if trades:
-        found += [f"gap:at=7,stream={trades},n=2", f"duplicate:every=4,stream={trades}"]
-    if exchange.startswith("binance"):  # whose books are healed over HTTP
-        found += [f"reorder:every=3,stream={books}", f"truncate:at=8,stream={books}", "ban:at=11,seconds=2,status=429"]
-    return [f"{fault},agent={USER_AGENT}" for fault in found]
+    return [f"{fault},agent={USER_AGENT}" for fault in venues()[exchange].shown_faults]
 
 
 @dataclass
@@ -303,9 +282,10 @@ def _rows(out: Path, feed: str, exchange: str) -> int:
 
 
 def _chosen(_ctx: click.Context, _param: click.Parameter, value: str) -> list[str]:
-    names = list(STREAMS) if value == "all" else value.split(",")
-    if unknown := [name for name in names if name not in STREAMS]:
-        raise click.BadParameter(f"{unknown[0]!r}: there are all, {', '.join(STREAMS)}")
+    known = sorted(venues(), key=lambda name: venue_class(name).EXCHANGE)
+    names = known if value == "all" else value.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise click.BadParameter(f"{unknown[0]!r}: there are all, {', '.join(known)}")
     return list(dict.fromkeys(names))
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar
 
+from tools.sim.faults import shown
 from tools.sim.ledger import Dialect
 from tools.sim.market import ASK, BID, Action, Book, Candle, Instrument, Trade, plain
 from tools.sim.server import Exchange, Level, Reply, Request, Session, Venue, Window
@@ -98,6 +99,10 @@ class _Symbol:
 class Binance(Venue):
     """What both markets have in common. The class attributes are what differs, and the methods named after words."""
 
+    shown_faults: ClassVar[tuple[str, ...]] = (  # books are healed over HTTP, so that is spoilt too
+        *shown("depth", "@trade"),
+        "reorder:every=3,stream=depth", "truncate:at=8,stream=depth", "ban:at=11,seconds=2,status=429",
+    )  # fmt: skip
     api: ClassVar[str]  # path of REST
     speeds: ClassVar[dict[str, int]]  # name of a depth stream's speed -> microseconds, the finest first
     known: ClassVar[dict[str, tuple[int, int, int, int]]]  # as KNOWN

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+from tools.sim.faults import shown
 from tools.sim.ledger import Dialect
 from tools.sim.market import ASK, BID, Action, Book, Candle, Instrument, Trade, plain
 from tools.sim.server import Exchange, Level, Reply, Request, Session, Venue, Window
@@ -102,6 +103,7 @@ class _Name:
 class _Category(Venue):
     """What all categories have in common."""
 
+    shown_faults: ClassVar[tuple[str, ...]] = shown("orderbook.50")
     category: ClassVar[str]
     depths: ClassVar[tuple[int, ...]] = (50, 200, 1000)
     depth_periods_ms: ClassVar[dict[int, int]] = {25: 20, 50: 20, 100: 100, 200: 100, 1000: 200}
@@ -806,6 +808,7 @@ class BybitInverse(_Category):
 
 class BybitOption(_Category):
     name: ClassVar[str] = "bybit_option"
+    shown_faults: ClassVar[tuple[str, ...]] = shown("orderbook")
     category = "option"
     depths = (25, 100)
     default_depth = 100

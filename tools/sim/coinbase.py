@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+from tools.sim.faults import shown
 from tools.sim.ledger import Dialect
 from tools.sim.market import ASK, BID, Action, Book, Candle, Instrument, Trade, plain
 from tools.sim.server import Exchange, Level, Reply, Request, Session, Venue, Window
@@ -100,6 +101,7 @@ def stamp(t: int, nanoseconds: int = 0) -> str:
 
 class Coinbase(Venue):
     name: ClassVar[str] = "coinbase"
+    shown_faults: ClassVar[tuple[str, ...]] = shown("level2:", "market_trades:")
     tickers: ClassVar[tuple[str, ...]] = ("BTC-USD", "ETH-USD", "SOL-USD", "ADA-USD")
     dialect: ClassVar[Dialect] = Dialect(
         1,

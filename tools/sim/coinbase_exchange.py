@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 from uuid import UUID
 
+from tools.sim.faults import shown
 from tools.sim.ledger import Dialect
 from tools.sim.market import ASK, BID, Action, Book, Instrument, Trade, plain
 from tools.sim.server import Credits, Exchange, Reply, Request, Session, Venue, Window
@@ -73,6 +74,7 @@ class _Product:
 
 class CoinbaseExchange(Venue):
     name: ClassVar[str] = "coinbase_exchange"
+    shown_faults: ClassVar[tuple[str, ...]] = shown(trades="matches:")
     tickers: ClassVar[tuple[str, ...]] = tuple(KNOWN)
     dialect: ClassVar[Dialect] = Dialect(
         1,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+from tools.sim.faults import shown
 from tools.sim.ledger import Dialect
 from tools.sim.market import ASK, BID, Action, Book, Candle, Instrument, Trade, plain
 from tools.sim.server import Credits, Exchange, Level, Reply, Request, Session, Venue
@@ -141,6 +142,7 @@ def number(value: int, scale: int) -> str:
 
 class Deribit(Venue):
     name: ClassVar[str] = "deribit"
+    shown_faults: ClassVar[tuple[str, ...]] = shown("book", "trades.*")
     tickers: ClassVar[tuple[str, ...]] = ("BTC-PERPETUAL", "ETH-PERPETUAL", "BTC_USDC-PERPETUAL", "BTC-25DEC26-90000-C")
     dialect: ClassVar[Dialect] = Dialect(
         1000,

@@ -298,6 +298,16 @@ class Faults:
                 fault.left.add(stream)
 
 
+def shown(books: str = "", trades: str = "") -> tuple[str, ...]:
+    """Faults for a demonstration, for streams whose names have these parts; "" = there is none that proves itself."""
+    found = ["garbage:every=3.5", "disconnect:at=11"]
+    if books:
+        found += [f"gap:at=5,stream={books}", f"duplicate:every=3,stream={books}"]
+    if trades:
+        found += [f"gap:at=7,stream={trades},n=2", f"duplicate:every=4,stream={trades}"]
+    return tuple(found)
+
+
 def help_text() -> str:
     """The table of faults for `--help`."""
     lines = ["Faults, as --fault NAME[:key=value,...] (repeatable), or at run time by POST /_sim/fault:", ""]

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, ClassVar
 
+from tools.sim.faults import shown
 from tools.sim.ledger import Dialect
 from tools.sim.market import ASK, BID, Action, Book, Candle, Instrument, Trade, plain
 from tools.sim.server import Exchange, Level, Reply, Request, Session, Venue, Window
@@ -127,6 +128,7 @@ class _Name:
 
 class Okx(Venue):
     name: ClassVar[str] = "okx"
+    shown_faults: ClassVar[tuple[str, ...]] = shown("books:", "trades:")
     tickers: ClassVar[tuple[str, ...]] = ("BTC-USDT", "BTC-USDT-SWAP", "ETH-USD-SWAP", "BTC-USD-261225-90000-C")
     dialect: ClassVar[Dialect] = Dialect(
         1000,

@@ -166,6 +166,7 @@ class Venue(ABC):
     intervals: ClassVar[dict[str, int]]  # candle intervals -> microseconds
     notes: ClassVar[str]  # what a user should know, for `--help`
     dialect: ClassVar[Dialect]
+    shown_faults: ClassVar[tuple[str, ...]]  # what a demonstration does to a connector
 
     def __init__(self, exchange: "Exchange", limits: Mapping[str, float], credentials: Mapping[str, str]) -> None:
         self.exchange, self.limit, self.credentials = exchange, limits, credentials
@@ -259,6 +260,10 @@ class Venue(ABC):
 
 class PolledVenue(Venue):
     """A venue without WebSocket: no session is ever opened."""
+
+    shown_faults: ClassVar[tuple[str, ...]] = (
+        "rest_error:every=5,status=503", "bad_body:every=4", "ban:at=11,seconds=2,status=429",
+    )  # fmt: skip
 
     def finish(self, t: int) -> None:
         return
