@@ -250,7 +250,7 @@ def run(
 @JSON
 @click.pass_context
 def up(ctx: click.Context, config_path: Path, seconds: float | None, as_json: bool) -> None:
-    """Run the whole fleet; restart what dies; on Ctrl-C stop in order and print rows in = rows written."""
+    """Run the whole fleet; restart what dies; on Ctrl-C stop in order and print rows received = rows in rings = rows written."""
     ctx.exit(_supervise(config_path, ctx.obj, seconds, as_json))
 
 
@@ -300,11 +300,13 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
         from rich.table import Table
 
         table = Table(
-            "connector", "feed", "rows in", "rows written", "lapped", "damaged", title="rows in = rows written"
-        )
+            "connector", "feed", "received", "in the ring", "written", "lapped", "damaged",
+            title="rows received = rows in rings = rows written",
+        )  # fmt: skip
         for row in rows:
             numbers = (row.published, row.durable, row.lapped, row.damaged)
-            table.add_row(row.connector, row.feed, *(f"{number:,}" for number in numbers))
+            received = "unknown" if row.received is None else f"{row.received:,}"
+            table.add_row(row.connector, row.feed, received, *(f"{number:,}" for number in numbers))
         _console().print(table)
         for name, why in idle.items():
             click.echo(f"{name}: brought no row: {why}")

@@ -453,10 +453,11 @@ class Supervisor:
 
 
 class Balance(msgspec.Struct):
-    """Rows of one ring against what a writer made durable of it."""
+    """Rows of one ring, as three processes know them: who received them, the ring's own header, who made them durable."""
 
     connector: str
     feed: str
+    received: int | None  # None where the connector runs, or was killed before it could say
     published: int
     durable: int
     lapped: int
@@ -464,13 +465,14 @@ class Balance(msgspec.Struct):
 
     @property
     def missing(self) -> int:
-        """Rows published and neither durable nor accounted for as lost."""
-        return self.published - self.durable
+        """Rows received or published and neither durable nor accounted for as lost."""
+        return max(self.published, self.received or 0) - self.durable
 
 
 def balance(rings: Path, writers: Sequence[str]) -> list[Balance]:
-    """For each of these writers and every ring that it drains: rows in, rows durable."""
+    """For each of these writers and every ring that it drains: rows received, in the ring, durable."""
     found = []
+    received: dict[str, dict[str, int]] = {}
     for writer in sorted(writers):
         try:
             page = read_stats(rings / "_writers" / writer / "stats")
@@ -483,8 +485,26 @@ def balance(rings: Path, writers: Sequence[str]) -> list[Balance]:
                     published = ring.published
             except RingError:
                 published = numbers["published"]
-            found.append(Balance(connector, feed, published, numbers["durable"], numbers["lapped"], numbers["damaged"]))
+            if connector not in received:
+                received[connector] = _received(rings, connector)
+            found.append(
+                Balance(
+                    connector, feed, received[connector].get(feed), published,
+                    numbers["durable"], numbers["lapped"], numbers["damaged"],
+                )
+            )  # fmt: skip
     return found
+
+
+def _received(rings: Path, connector: str) -> dict[str, int]:
+    """Feed -> rows, by the last word of a process that has ended in order."""
+    try:
+        page = read_stats(rings / connector / "stats")
+    except RingError:
+        return {}
+    if page["state"] != "stopped":
+        return {}
+    return {feed: numbers["published"] for feed, numbers in page["rings"].items()}
 
 
 def unread(rings: Path, writers: Sequence[str]) -> dict[str, str]:

@@ -68,14 +68,19 @@ def test_sigterm_ends_in_order_and_nothing_is_left(fleet_of: Start, exchange: st
     assert not proof.gaps
 
 
-@both_venues
-def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(fleet_of: Start, exchange: str) -> None:
-    fleet = fleet_of(exchange)
+@pytest.mark.parametrize(
+    ("exchange", "rate", "trades"), [("binance_spot", 60, 20), ("deribit", 60, 20), ("binance_spot", 1500, 2000)]
+)
+def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(
+    fleet_of: Start, exchange: str, rate: float, trades: int
+) -> None:
+    """Stopped while the exchange goes on, also at its full speed."""
+    fleet = fleet_of(exchange, rate=rate)
     urls = ("--ws-url", fleet.sim.ws_url, "--rest-url", fleet.sim.rest_url)
     target = fleet.directory / "target"
     run = fleet.spawn("run", exchange, *fleet.tickers, "--target", target, "--roll-s", "1", "--json", *urls)
     fleet.rings = target / "_rings"
-    until(lambda: fleet.published("trades", exchange) > 20, lambda: f"rows; {fleet.tail()}")
+    until(lambda: fleet.published("trades", exchange) > trades, lambda: f"rows; {fleet.tail()}")
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 0, fleet.tail()
     line = next(line for line in fleet.logs[0].read_text().splitlines() if line.startswith('{"rings"'))
@@ -89,7 +94,7 @@ def test_run_collects_until_stopped_and_prints_rows_in_equals_rows_written(fleet
         "gaps",
         "clocks",
     }
-    assert all(row["published"] == row["durable"] for row in report["rings"])
+    assert all(row["received"] == row["published"] == row["durable"] for row in report["rings"])
     fleet.sim.stop()
     proof = prove(fleet.sim.ledger(), target, fleet.rings, exchange, feeds=("trades", "orderbook_l2", "bbo"))
     assert proof.ok, str(proof)
@@ -164,6 +169,17 @@ def test_a_writer_that_never_ran_is_named_and_hides_no_other_one(tmp_path: Path)
     assert found.pop("ring") == "why"
     assert list(found) == ["all of nobody"]
     assert "no readable stats page" in found["all of nobody"]
+
+
+def test_what_a_connector_received_is_its_own_last_word(tmp_path: Path) -> None:
+    """Rows that it says to have received and that are neither in the ring nor written are missing."""
+    connector, writer = StatsWriter(tmp_path / "conn"), StatsWriter(tmp_path / "_writers" / "one")
+    numbers = {"published": 9, "durable": 9, "lapped": 0, "damaged": 0}
+    writer.publish({"role": "writer", "streams": {"conn/trades": numbers}, "refused": {}})
+    for state, received, missing in (("connected", None, 0), ("stopped", 11, 2)):
+        connector.publish({"role": "connector", "state": state, "rings": {"trades": {"published": 11}}})
+        (row,) = balance(tmp_path, ["one"])
+        assert (row.received, row.published, row.missing) == (received, 9, missing)
 
 
 # Status
