@@ -244,8 +244,11 @@ def test_sql_of_the_readme_works(tmp_path: Path, venues: dict[str, str]) -> None
 
     run = f"mdcollector run binance_spot BTCUSDT --target data --feeds trades --ws-url ws://{venues['binance']} --rest-url http://{venues['binance']}"
     assert_done(run, start(run, ENDS, tmp_path))
-    found = re.search(r"```sql\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    rows = duckdb.sql(found[1].replace("'data/", f"'{tmp_path}/data/")).fetchall()
-    assert rows
-    assert all(ticker == "BTCUSDT" and price > 0 for ticker, _, price in rows)
+    minutes, sizes = (
+        duckdb.sql(query.replace("'data/", f"'{tmp_path}/data/")).fetchall()
+        for query in re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+    )
+    assert minutes
+    assert all(ticker == "BTCUSDT" and price > 0 for ticker, _, price in minutes)
+    assert sizes
+    assert all(qty == size for *_, qty, size in sizes), "a unit is a coin on the spot market"
