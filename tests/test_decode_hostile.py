@@ -471,7 +471,7 @@ def test_a_refused_trade_is_a_hole_that_wants_a_repair(changed: dict[str, Any], 
 
 
 @pytest.mark.parametrize("changed", [{"price": 1e15}, {"price": -1e16}, {"amount": -1}, {"amount": 1e18}, {"timestamp": 0},
-                                     {"direction": "buyy"}, {"direction": 1}, {"trade_id": "x" * 57}, {"trade_id": 5},
+                                     {"direction": 1}, {"trade_id": "x" * 57}, {"trade_id": 5},
                                      {"trade_seq": -1}, {"timestamp": 4_102_444_800_001}])  # fmt: skip
 def test_a_refused_message_of_trades_is_a_hole_that_wants_a_repair(changed: dict[str, Any], probe: Any) -> None:
     one: Probe = probe("deribit", "BTC-PERPETUAL")

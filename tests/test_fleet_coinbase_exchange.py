@@ -252,7 +252,9 @@ def test_a_lost_connection_is_a_recorded_hole(start: Start, how: str) -> None:
     proof = fleet.prove()
     assert ("bbo", "reconnect") in proof.gaps
     assert not [cause for feed, cause in proof.gaps if feed == "trades"], str(proof)
-    assert {(ticker, "reconnect") for ticker in TICKERS} <= set(book_gaps(fleet))
+    # The rest of a frame that was cut can be read as the beginning of one: then a book is broken by that already.
+    causes = {"reconnect", "refused"} if how == "truncate" else {"reconnect"}
+    assert {ticker for ticker, cause in book_gaps(fleet) if cause in causes} == set(TICKERS)
 
 
 def test_a_killed_connector_goes_on_where_it_was(start: Start) -> None:

@@ -356,6 +356,13 @@ class Coinbase(Venue):
         return streams
 
     @classmethod
+    def not_mergeable(cls, options: Options) -> dict[str, str]:
+        return {
+            "orderbook_l2": "messages of books are numbered by connection, so those of two cannot be put in one line: take"
+            " the books of one leg"
+        }
+
+    @classmethod
     def instruments_paths(cls) -> tuple[str, ...]:
         return (_REST,)
 
