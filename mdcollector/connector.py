@@ -580,7 +580,7 @@ class Connector:
             self.emit.gap(feed, "*", from_time=from_us, to_time=time.time_ns() // 1000, cause=cause)
 
     def _last_unsequenced_us(self) -> dict[str, int]:
-        """Receive time of the last row of each feed without ids that has one from a stream."""
+        """How far each feed without ids reaches that has a row from a stream."""
         names = [name for name in self.emit.rings if name not in (*SEQUENCED, *ALWAYS_ON)]
         return {name: us for name in names if (us := self.emit.newest_us(name))}
 

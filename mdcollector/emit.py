@@ -684,11 +684,18 @@ class Emit:
                     self._fetched[name] = (begin if end == first else first), ring.next
 
     def newest_us(self, feed: str) -> int:
-        """Receive time of the newest row of a feed that a stream brought, also in an earlier life; 0 = none."""
+        """How far a feed reaches that a stream brings, also in an earlier life: the time of its newest row; 0 = none.
+
+        What was on its way when a connection ended happened after it, be the lag seconds; so it is the event time, or
+        the receive time where the exchange's clock is ahead of it.
+        """
         ring = self.rings[feed]
         begin, end = self._fetched.get(feed, (ring.next, ring.next))
         newest = (begin if end == ring.next else ring.next) - 1
-        return int(ring.recent_rows(newest)["rcv_timestamp"][0]) if newest >= 0 else 0
+        if newest < 0:
+            return 0
+        row = ring.recent_rows(newest)[0]
+        return int(min(row["timestamp"], row["rcv_timestamp"]))
 
     def last_row_ns(self, feed: str, ticker: str) -> int:
         """When (as of the last ticks) a row of this feed and instrument was seen; 0 = never."""

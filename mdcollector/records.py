@@ -84,7 +84,7 @@ _HEAD = (
     Column("timestamp", "i8", "timestamp", "event time given by the exchange, us UTC (the matching engine's where it gives both)"),
     Column("rcv_timestamp", "i8", "timestamp", "when the packet was read, us UTC, taken before any parsing"),
     Column("packet_id", "i8", "int64", "local, the same for all rows that one network read delivered"),
-    Column("parse_ns", "u4", "uint32", "ns from packet read until decoded, saturating"),
+    Column("parse_ns", "u4", "uint32", "ns from packet read until decoded, saturating; of a trade or bbo alone in its message the same reading as publish_ns"),
     Column("publish_ns", "u4", "uint32", "ns from packet read until the row was visible in the ring, saturating"),
     Column("ticker", "u4", "category", "symbol exactly as the exchange reports it (in the ring: index into the instrument table)"),
     Column("exchange", "u1", "category", "venue, see Exchange"),

@@ -467,6 +467,18 @@ def test_stage_times_saturate(step: int, parse: int, publish: int, made: Made) -
     assert (ticker["parse_ns"], ticker["publish_ns"]) == (min(step, U32), min(step, U32))
 
 
+def test_a_feed_reaches_to_its_newest_event_also_where_it_came_seconds_later(made: Made) -> None:
+    """Else a hole behind it would not hold what was on its way when the connection ended."""
+    assert made.emit.newest_us("bbo") == 0
+    for late_us, reaches_us in ((7_000_000, -7_000_000), (-2_000_000, 0), (0, 0)):
+        made.packet()
+        rcv_us = made.emit.rcv_us
+        made.emit.bbo(made.a, rcv_us - late_us, 1.0, 1.0, 2.0, 1.0)
+        assert made.emit.newest_us("bbo") == rcv_us + reaches_us
+    made.emit.bbo(made.a, 0, 1.0, 1.0, 2.0, 1.0)
+    assert made.emit.newest_us("bbo") == made.emit.rcv_us
+
+
 def test_latency_is_counted_for_live_rows_only(made: Made) -> None:
     made.emit.trade(made.a, 1, 1, 1.0, 1.0, 1)
     made.emit.trades([(made.a, 1, 1, 1.0, 1.0, 2, b"")], REPAIRED)

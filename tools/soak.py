@@ -190,8 +190,10 @@ class Soak:
         for name, process in self.processes().items():
             with contextlib.suppress(psutil.Error):
                 if process["child_pid"]:
-                    info = psutil.Process(process["child_pid"]).memory_full_info()
-                    self.memory.setdefault(f"{name}/{process['child_pid']}", []).append((time.monotonic(), info.uss))
+                    # Rings are mapped files: they come into memory as they fill, and are as large as configured.
+                    maps = psutil.Process(process["child_pid"]).memory_maps()
+                    size = sum(part.rss for part in maps if not part.path.endswith((".data", ".meta")))
+                    self.memory.setdefault(f"{name}/{process['child_pid']}", []).append((time.monotonic(), size))
 
     # Faults
 
