@@ -27,7 +27,7 @@ from mdcollector.tables import Rows
 
 FEED_OF = {"trade": "trades", "aggtrade": "trades", "bookticker": "bbo", "depth": "orderbook_l2"}
 CAPACITY = 1 << 20
-START_S, RUN_S = 30.0, 120.0
+START_S, RUN_S = 120.0, 120.0  # a slow machine encodes three million frames before it says that it is ready
 
 STREAMS_FLEET = """
 rings = "{rings}"

@@ -687,15 +687,26 @@ class Emit:
         """How far a feed reaches that a stream brings, also in an earlier life: the time of its newest row; 0 = none.
 
         What was on its way when a connection ended happened after it, be the lag seconds; so it is the event time, or
-        the receive time where the exchange's clock is ahead of it.
+        the receive time where the exchange's clock is ahead of it. A row without an event time is taken to be as late
+        as the least late of the other feeds.
         """
+        row = self._newest_streamed(feed)
+        if row is None:
+            return 0
+        if row["flags"] & _TIME_LOCAL:
+            others = [self._newest_streamed(name) for name in self.rings if name not in ALWAYS_ON]
+            late_us = [
+                o["rcv_timestamp"] - o["timestamp"] for o in others if o is not None and not o["flags"] & _TIME_LOCAL
+            ]
+            return int(row["rcv_timestamp"] - max(0, min(late_us, default=0)))
+        return int(min(row["timestamp"], row["rcv_timestamp"]))
+
+    def _newest_streamed(self, feed: str) -> Any:
+        """The newest row of a feed that a stream brought; None = there is none."""
         ring = self.rings[feed]
         begin, end = self._fetched.get(feed, (ring.next, ring.next))
         newest = (begin if end == ring.next else ring.next) - 1
-        if newest < 0:
-            return 0
-        row = ring.recent_rows(newest)[0]
-        return int(min(row["timestamp"], row["rcv_timestamp"]))
+        return ring.recent_rows(newest)[0] if newest >= 0 else None
 
     def last_row_ns(self, feed: str, ticker: str) -> int:
         """When (as of the last ticks) a row of this feed and instrument was seen; 0 = never."""

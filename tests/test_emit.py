@@ -477,6 +477,9 @@ def test_a_feed_reaches_to_its_newest_event_also_where_it_came_seconds_later(mad
         assert made.emit.newest_us("bbo") == rcv_us + reaches_us
     made.emit.bbo(made.a, 0, 1.0, 1.0, 2.0, 1.0)
     assert made.emit.newest_us("bbo") == made.emit.rcv_us
+    for late_us, reaches_us in ((3_000_000, -3_000_000), (-3_000_000, 0)):  # what has no time is as late as the others
+        made.emit.trade(made.a, made.emit.rcv_us - late_us, 1, 1.0, 1.0, 1)
+        assert made.emit.newest_us("bbo") == made.emit.rcv_us + reaches_us
 
 
 def test_latency_is_counted_for_live_rows_only(made: Made) -> None:
