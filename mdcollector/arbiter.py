@@ -500,6 +500,7 @@ class Arbiter:
         self._tick()
         for merge in self.merges.values():
             merge.expire(float("inf"))
+            merge.finish()
             merge.flush()
         self.ledger.decide(self._last_rcv(), force=True)
         self.ledger.flush()

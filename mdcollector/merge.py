@@ -130,6 +130,8 @@ class Book(msgspec.Struct):
     crossed: bool = False
     bids: dict[float, float] = {}
     asks: dict[float, float] = {}
+    doubted: int = -1  # behind this id, of this time, messages may be missing that the ledger does not name yet
+    doubted_time: int = -1
 
 
 class Copy(msgspec.Struct):
@@ -174,6 +176,9 @@ class Merge:
 
     def expire(self, through: float) -> None:
         """Give up waiting for what was due; everything that legs published before `through` was taken."""
+
+    def finish(self) -> None:
+        """The last row was merged."""
 
     def broken(self, leg: int) -> None:
         """What a leg says next does not follow what it said before."""
@@ -691,11 +696,11 @@ class BookMerge(Merge):
         for item in chain.items:
             if item.id <= book.last:
                 self.duplicates[leg] += len(item.raw) // _ROW
-            elif not 0 <= item.prev <= book.last:
-                break
-            elif item.flags & _UNPROVEN and book.proven:
-                self.counters["unproven_dropped"] += 1  # its leg could not join it to a book; a snapshot follows
+            elif not 0 <= item.prev <= book.last or (item.flags & _UNPROVEN and book.proven):
+                break  # an unproven one its leg could not join to a book: what it follows is not known
             else:
+                if item.flags & _UNPROVEN:
+                    self._doubt(book)
                 self._apply(book, leg, item.id, item.time, item.flags, item.raw, item.rcv, self.clock())
                 applied = True
             self._held_bytes -= len(item.raw)
@@ -716,12 +721,12 @@ class BookMerge(Merge):
         self._clear.append(0)
 
     def _change(self, book: Book, raw: bytes) -> None:
-        """Apply absolute quantities and say what each did to this book."""
-        bids, asks, actions = book.bids, book.asks, self._actions
+        """Apply absolute quantities and say what each did to this book; of one that is not proven nobody knows."""
+        bids, asks, proven, actions = book.bids, book.asks, book.proven, self._actions
         for side, action, price, qty in _levels_of(raw):
             levels = bids if side == BID else asks
             if qty and side:
-                actions.append(_UPDATE if price in levels else _NEW)
+                actions.append(_UPDATE if price in levels or not proven else _NEW)
                 levels[price] = qty
             else:
                 levels.pop(price, None)
@@ -733,9 +738,8 @@ class BookMerge(Merge):
         base = chain.base
         assert base is not None
         again = book.last >= 0
-        if again and (base.id != book.last or not book.proven):
-            first, last = min(book.last + 1, base.id), max(base.id, book.last)
-            self.ledger.gap("orderbook_l2", self.own.tickers[code], first, last, book.time, base.time, cause)
+        if again:
+            self._tell_skipped(book, code, base.id, base.time, cause)
         chain.base = None
         self._held_bytes -= len(base.raw)
         self._take_snapshot(book, base.id, base.time, base.raw)
@@ -754,6 +758,26 @@ class BookMerge(Merge):
                 (book.bids if side == BID else book.asks)[price] = qty
             self._actions.append(action)
         book.last, book.time, book.proven, book.crossed = id_, timestamp, True, False
+        book.doubted = book.doubted_time = -1
+
+    def _tell_skipped(self, book: Book, code: int, id_: int, timestamp: int, cause: str) -> None:
+        """A snapshot replaces the book: what lies between is missing, and what was in doubt before stays so."""
+        if book.proven and id_ == book.last:
+            return
+        last, time_ = (book.last, book.time) if book.doubted < 0 else (book.doubted, book.doubted_time)
+        first, last = min(last + 1, id_), max(id_, book.last)
+        self.ledger.gap("orderbook_l2", self.own.tickers[code], first, last, time_, timestamp, cause)
+
+    def _doubt(self, book: Book) -> None:
+        """The next message stands in no book either, so between the two may be a hole; told when it is known how far."""
+        if book.doubted < 0:
+            book.doubted, book.doubted_time = book.last, book.time
+
+    def finish(self) -> None:
+        for code, book in self.books.items():
+            if book.doubted >= 0:
+                span = book.doubted + 1, book.last, book.doubted_time, book.time
+                self.ledger.gap("orderbook_l2", self.own.tickers[code], *span, "sequence")
 
     # What waits
 
@@ -845,14 +869,14 @@ class BookMerge(Merge):
             message, start = raw[start * _ROW : end * _ROW], end
             book = self.books.setdefault(code, Book([Chain() for _ in range(self.legs)]))
             if flags & _SNAPSHOT:
-                if flags & _RESYNCED and (update_id != book.last or not book.proven):
-                    first, last = min(book.last + 1, update_id), max(book.last, update_id)
-                    ticker = self.own.tickers[code]
-                    self.ledger.gap("orderbook_l2", ticker, first, last, book.time, timestamp, "snapshot")
+                if flags & _RESYNCED:
+                    self._tell_skipped(book, code, update_id, timestamp, "snapshot")
                 self._take_snapshot(book, update_id, timestamp, message)
                 continue
             if flags & _UNPROVEN and book.proven:
                 self._go_on_unproven(book, code, update_id, timestamp)
+            elif flags & _UNPROVEN:
+                self._doubt(book)
             self._change(book, message)
             book.last, book.time, book.crossed = update_id, timestamp, bool(flags & _INVALID)
         self._actions.clear()
