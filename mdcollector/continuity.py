@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from mdcollector.emit import PRICE_MAX, QTY_MAX, TIME_MAX_US, TRADE_ID_BYTES_MAX, Emit, Instrument, level_code
+from mdcollector.emit import PRICE_MAX, QTY_MAX, TIME_MAX_US, Emit, Instrument, level_code
 from mdcollector.errors import FrameError
 from mdcollector.records import ASK, BID, UNKNOWN, Action, Flag
 
@@ -565,7 +565,7 @@ class TradeSync:
         """
         if len(trades) == 1 and not self.merged:  # the common case, in half the time
             seq, timestamp, side, price, qty, trade_id = trades[0]
-            if seq == self.last + 1 and len(trade_id) <= TRADE_ID_BYTES_MAX:
+            if seq == self.last + 1:
                 self._emit.trade(self.instrument, timestamp, side, price, qty, seq, flags | _LAST, trade_id)
                 self.last, self.last_time = seq, timestamp
                 return 1
@@ -774,20 +774,25 @@ class TradeIds:
         if known:
             self.doubt("restart")
 
-    def publish(self, trades: Sequence[TradeRow], flags: int = 0) -> int:
+    def publish_new(self, timestamp: int, side: int, price: float, qty: float, trade_id: bytes) -> bool:
+        """The common case of `publish`: a trade alone in its message, new, and with nothing missing before it.
+
+        False when it is not that, and nothing is done. FrameError when a number is impossible.
+        """
+        new = self._new
+        if self._cause or trade_id in new or trade_id in self._old:
+            return False
+        self._emit.trade(self.instrument, timestamp, side, price, qty, -1, _LAST, trade_id)
+        new.add(trade_id)
+        self._last_id = trade_id
+        if timestamp > self.last_time:
+            self.last_time = timestamp
+        if len(new) > TRADE_IDS_KEPT:
+            self._old, self._new = new, set()
+        return True
+
+    def publish(self, trades: Sequence[TradeRow]) -> int:
         """Publish those of one message that are new; returns how many. FrameError when a number is impossible."""
-        new, old = self._new, self._old
-        if len(trades) == 1:  # the common case, in half the time
-            seq, timestamp, side, price, qty, trade_id = trades[0]
-            if not self._cause and trade_id not in new and trade_id not in old and len(trade_id) <= TRADE_ID_BYTES_MAX:
-                self._emit.trade(self.instrument, timestamp, side, price, qty, seq, flags | _LAST, trade_id)
-                new.add(trade_id)
-                self._last_id = trade_id
-                if timestamp > self.last_time:
-                    self.last_time = timestamp
-                if len(new) > TRADE_IDS_KEPT:
-                    self._old, self._new = new, set()
-                return 1
         self._emit.check_trades([(self.instrument, t, side, p, q, seq, i) for seq, t, side, p, q, i in trades])
         fresh = self._unseen(trades)
         if not fresh:
@@ -799,7 +804,7 @@ class TradeIds:
         if doubted:
             self.doubts += 1  # an answer that is on its way may be from before this trade
             self._tell(min(row[1] for row in fresh))
-        self._emit.trades(fresh, flags)
+        self._emit.trades(fresh)
         self._note(fresh)
         if doubted:
             self.want_tail()

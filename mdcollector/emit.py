@@ -122,8 +122,8 @@ CandleArgs = tuple[
 
 
 class TradeWriter(Protocol):
-    """One execution; FrameError when a number is impossible. `trade_id` (of at most TRADE_ID_BYTES_MAX) is empty where it
-    is the counter. The hottest of all."""
+    """One execution, alone in its message; FrameError when a number is impossible. `trade_id` is empty where it is the
+    counter. The hottest of all."""
 
     def __call__(
         self, instrument: Instrument, timestamp: int, side: int, price: float, qty: float, trade_seq: int,
@@ -293,7 +293,6 @@ class Emit:
         clock, ring = self.clock, self.rings.get(TRADES.name)
         if ring is not None:
             data, mask, published, pack_into = ring.data, ring.mask, ring.published, TRADES.word_packer.pack_into
-        code, base_flags = self._code, self._base_flags
 
         def trade(
             instrument: Instrument,
@@ -307,25 +306,23 @@ class Emit:
         ) -> None:
             if not (-PRICE_MAX < price < PRICE_MAX and 0.0 <= qty < QTY_MAX and 0 < timestamp < TIME_MAX_US):
                 raise FrameError("absurd_number", f"trade price={price} qty={qty} timestamp={timestamp}")
+            if trade_id and len(trade_id) > TRADE_ID_BYTES_MAX:
+                raise FrameError("trade_id_too_long", f"{instrument.ticker} {trade_id!r}")
             if ring is None:
                 return
+            word = instrument.buy_word if side > 0 else instrument.sell_word if side else instrument.trade_word
+            if flags != _LAST:
+                word |= flags << FLAGS_SHIFT
             n = ring.next
             if n >= ring.limit:
                 ring.claim(1)
             stage_ns = clock() - self.t0_ns
             if stage_ns > UINT32_MAX:
                 stage_ns = UINT32_MAX
-            if trade_id or flags != _LAST:
-                ring.pack_into(
-                    data, (n & mask) << 7, timestamp, self.rcv_us, self.packet_id, stage_ns, stage_ns,
-                    instrument.trades, code, flags | base_flags, side, price, qty, trade_seq, trade_id, n,
-                )  # fmt: skip
-            else:
-                word = instrument.buy_word if side > 0 else instrument.sell_word if side else instrument.trade_word
-                pack_into(
-                    data, (n & mask) << 7, timestamp, self.rcv_us, self.packet_id, stage_ns, stage_ns, word,
-                    price, qty, trade_seq, n,
-                )  # fmt: skip
+            pack_into(
+                data, (n & mask) << 7, timestamp, self.rcv_us, self.packet_id, stage_ns, stage_ns, word,
+                price, qty, trade_seq, trade_id, n,
+            )  # fmt: skip
             published[0] = ring.next = n + 1
 
         return trade

@@ -147,8 +147,8 @@ class Feed:
 
     @cached_property
     def word_packer(self) -> struct.Struct:
-        """`packer` of the hottest rows: `ticker` and all columns of one byte as one `row_word`, and text left empty."""
-        codes = ({"i8": "q", "f8": "d"}.get(c.ring, f"{c.ring[1:]}x") for c in self.words)
+        """`packer` of the hottest rows: `ticker` and all columns of one byte as one `row_word`."""
+        codes = ({"i8": "q", "f8": "d"}.get(c.ring, f"{c.ring[1:]}s") for c in self.words)
         text = "<qqqIIq" + "".join(codes)
         packer = struct.Struct(f"{text}{self.dtype.itemsize - 8 - struct.calcsize(text)}xq")
         assert packer.size == self.dtype.itemsize, (self.name, packer.size)

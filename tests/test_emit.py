@@ -558,7 +558,7 @@ def test_an_impossible_time_makes_no_row(time: int, made: Made) -> None:
         with pytest.raises(FrameError):
             emit.candle(a, 1, b"1m", 1, (1.0,) * 4, volume, trades, True)
     for refused in (lambda: emit.candle(a, 1, b"123456789", 1, (1.0,) * 4, 1.0, 1, True),
-                    lambda: emit.trades([(a, 1, 1, 1.0, 1.0, 1, b"x" * 57)]),
+                    lambda: emit.trades([(a, 1, 1, 1.0, 1.0, 1, b"x" * 57)]), lambda: emit.trade(a, 1, 1, 1.0, 1.0, 1, 1, b"x" * 57),
                     lambda: emit.trades([(a, 1, 1, 1.0, 1.0, 1, b"")] * (emit_module.TRADES_MAX + 1))):  # fmt: skip
         with pytest.raises(FrameError):
             refused()

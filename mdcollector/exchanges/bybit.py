@@ -43,6 +43,7 @@ TOO_MANY_VISITS, TOO_MANY_VISITS_S = 10006, 5.0  # retCode; limits count per sec
 INSTRUMENTS_PER_PAGE = 1000
 OPTION_COINS = ("BTC", "ETH", "SOL")  # options are listed one base coin at a time; other coins [not confirmed]
 OLD_RUN_MAX = 100  # so many old messages in a row: then it is the own sequence that is wrong, and the next one is taken
+_SIDES = {"Buy": BUY, "Sell": SELL}
 _ALREADY = "already subscribed"
 _NOTHING = msgspec.Raw(b"")
 _NAN = math.nan
@@ -259,11 +260,10 @@ def follows(last_id: int, _first: int, last: int, _prev: int) -> int:
 
 def _side(word: str) -> int:
     """BUY or SELL of a trade; FrameError for any other word."""
-    if word == "Buy":
-        return BUY
-    if word == "Sell":
-        return SELL
-    raise FrameError("unknown_side", word)
+    side = _SIDES.get(word)
+    if side is None:
+        raise FrameError("unknown_side", word)
+    return side
 
 
 def _row(timestamp_ms: int, side: str, price: float, qty: float, trade_id: str) -> TradeRow:
@@ -571,17 +571,23 @@ class Bybit(Venue):
 
     def _on_trades(self, ticker: str) -> Callable[[bytes], None]:
         self.admit(ticker)
-        trades = self.trades_by_id(ticker)
-        publish = trades.publish
+        trades, side_of = self.trades_by_id(ticker), _SIDES.get
+        publish_new = trades.publish_new
 
         def on_trades(frame: bytes) -> None:
             try:
+                data = _decode_trades(frame).data
+                if len(data) == 1:
+                    t = data[0]
+                    side, trade_id = side_of(t.S), t.i.encode()
+                    if side and trade_id and t.s == ticker and publish_new(t.T * 1000, side, t.p, t.v, trade_id):
+                        return
                 rows = []
-                for t in _decode_trades(frame).data:
+                for t in data:
                     if t.s != ticker:
                         raise FrameError("unknown_symbol", f"{t.s} among the trades of {ticker}")
                     rows.append(_row(t.T, t.S, t.p, t.v, t.i))
-                publish(rows)
+                trades.publish(rows)
             except (FrameError, msgspec.DecodeError, RecursionError):
                 self._lost_trades([trades])
                 raise

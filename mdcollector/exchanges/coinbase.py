@@ -56,7 +56,8 @@ JWT_VALID_S = 120
 RATE_LIMITED_S = 1.0
 HEAD_BYTES = 200  # of a frame: channel, time and number stand in front of the events
 PRODUCT_BYTES = 400  # of a frame: its first event names its product here
-_SEQUENCE = b'"sequence_num":'
+_SEQUENCE = re.compile(rb'"sequence_num"\s*:\s*(\d{1,18})\s*[,}]')
+_NOTHING = msgspec.Raw(b"")
 _LEVEL2 = re.compile(rb'"channel"\s*:\s*"l2_data"')
 _PRODUCT = re.compile(rb'"product_id"\s*:\s*"([^"\\]{1,60})"')
 _REST = "/api/v3/brokerage/market/products"
@@ -168,6 +169,7 @@ class _Head(msgspec.Struct):
     type: str = ""
     message: str = ""
     sequence_num: Id = -1
+    events: msgspec.Raw = _NOTHING
 
 
 class _FutureDetails(msgspec.Struct):
@@ -213,14 +215,14 @@ _Event = TypeVar("_Event")
 
 def _frames(event: type[_Event]) -> Callable[[bytes], Any]:
     """Decoder of a message with such events; numbers in text become floats in the C core."""
-    fields: list[Any] = [("events", list[event]), ("timestamp", str, "")]  # type: ignore[valid-type]
+    fields: list[Any] = [("events", list[event]), ("timestamp", str, ""), ("sequence_num", Id, -1)]  # type: ignore[valid-type]
     frame = msgspec.defstruct(f"{event.__name__}Frame", fields, gc=False)
     return msgspec.json.Decoder(frame, strict=False).decode
 
 
 _decode_book, _decode_trades, _decode_tickers = _frames(BookEvent), _frames(TradesEvent), _frames(TickersEvent)
 _decode_candles, _decode_heartbeat = _frames(CandlesEvent), _frames(Heartbeat)
-_decode_subscriptions = _frames(_Subscriptions)
+_decode_subscriptions = msgspec.json.Decoder(list[_Subscriptions]).decode
 _decode_head = msgspec.json.Decoder(_Head).decode
 _decode_products = msgspec.json.Decoder(_Products, strict=False).decode
 _decode_rest_trades = msgspec.json.Decoder(_RestTrades, strict=False).decode
@@ -228,11 +230,13 @@ _decode_rest_trades = msgspec.json.Decoder(_RestTrades, strict=False).decode
 
 @functools.lru_cache(maxsize=4096)
 def _second_us(text: str) -> int:
-    """us since the epoch of a time like 2026-08-09T21:05:48; the same second comes many times."""
+    """us since the epoch of the begin of a time, 2026-08-09T21:05:48 and one more; the same second comes many times."""
     try:
-        us = int(datetime.fromisoformat(f"{text}+00:00").timestamp()) * 1_000_000
+        us = int(datetime.fromisoformat(f"{text[:19]}+00:00").timestamp()) * 1_000_000
     except ValueError as error:
-        raise FrameError("unknown_time", text[:40]) from error
+        raise FrameError("unknown_time", text) from error
+    if text[10:11] != "T" or text[19:] not in (".", "Z"):
+        raise FrameError("unknown_time", text)
     if us >= TIME_MAX_US:
         raise FrameError("absurd_number", f"time={text}")
     return us
@@ -244,13 +248,13 @@ def time_us(text: str) -> int:
     0 where the text stands for no time (1970 and before, as Go writes its zero). FrameError when it is no such time.
     """
     digits = text[20:-1]
-    if len(text) == 27 and text[10] + text[19] + text[26] == "T.Z" and digits.isascii() and digits.isdigit():
-        return max(0, _second_us(text[:19]) + int(digits))  # microseconds, as nearly all are
-    if text[-1:] != "Z" or text[10:11] != "T" or len(text) == 21 or len(text) > 30 or text[19:20] not in (".", "Z"):
+    if len(text) == 27 and text[26] == "Z" and digits.isdigit() and text.isascii():
+        us = _second_us(text[:20]) + int(digits)  # microseconds, as nearly all are
+    elif text[-1:] != "Z" or len(text) == 21 or len(text) > 30 or not (text.isascii() and f"0{digits}".isdigit()):
         raise FrameError("unknown_time", text[:40])
-    if digits and not (digits.isascii() and digits.isdigit()):
-        raise FrameError("unknown_time", text[:40])
-    return max(0, _second_us(text[:19]) + int(f"{digits:0<6}"[:6]))
+    else:
+        us = _second_us(text[:20]) + int(f"{digits:0<6}"[:6])
+    return us if us > 0 else 0
 
 
 def follows(last_id: int, _first: int, _last: int, prev: int) -> int:
@@ -315,12 +319,13 @@ class Coinbase(Venue):
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
         self._handlers: dict[str, Decode] = {
-            "l2_data": self._on_book,
-            "market_trades": self._on_trades,
-            "ticker": self._on_tickers,
-            "candles": self._on_candles,
-            "heartbeats": self._on_heartbeat,
+            "l2_data": self._counted(_decode_book, self._on_book),
+            "market_trades": self._counted(_decode_trades, self._trades_taker()),
+            "ticker": self._counted(_decode_tickers, self._on_tickers),
+            "candles": self._counted(_decode_candles, self._on_candles),
+            "heartbeats": self._counted(_decode_heartbeat, self._on_heartbeat),
         }
+        self._on_other = self._counted(_decode_head, self._take_other)
         self._sign = _signer(options.credentials) if options.credentials else None
         self._requests: deque[_Request] = deque()
         self._next = -1  # number that the next message must have; -1 = any
@@ -453,34 +458,40 @@ class Coinbase(Venue):
 
     # Every message
 
-    def _router(self) -> Decode:
-        """The decoder with the count of the connection's messages in front of it, whatever their channel."""
-        route, emit = super()._router(), self.emit
+    def _counted(self, decode: Callable[[bytes], Any], take: Callable[[Any], None]) -> Decode:
+        """Decoder of a channel's messages, with the count of the connection's messages in front of what takes them."""
+        emit = self.emit
 
-        def decode(frame: bytes) -> None:
-            at = frame.find(_SEQUENCE, 0, HEAD_BYTES)
+        def counted(frame: bytes) -> None:
             try:
-                number = int(frame[at + len(_SEQUENCE) : frame.index(b",", at)])
-            except ValueError:
-                number = -1
-            if at < 0 or number < 0:  # spelled in another way, or an error, which has none
-                number = decode_body(_decode_head, frame).sequence_num
+                message = decode(frame)
+            except (msgspec.DecodeError, RecursionError):
+                found = _SEQUENCE.search(frame, 0, HEAD_BYTES)
+                number = int(found[1]) if found else -1
+                if self._is_to_be_read(number):
+                    self._refuse(number, frame)
+                    raise
+                return
+            number = message.sequence_num
             if number == self._next:
                 self._next = number + 1
             elif not self._is_to_be_read(number):
                 return
             try:
-                route(frame)
+                take(message)
             except (FrameError, msgspec.DecodeError):
-                if number >= 0:
-                    self._refused, self._next = (number, frame[:PRODUCT_BYTES]), -2
+                self._refuse(number, frame)
                 raise
             self._heard_us = emit.rcv_us
 
-        return decode
+        return counted
+
+    def _refuse(self, number: int, frame: bytes) -> None:
+        if number >= 0:
+            self._refused, self._next = (number, frame[:PRODUCT_BYTES]), -2
 
     def _is_to_be_read(self, number: int) -> bool:
-        """Whether to read a message that has another number than the next one; a jump makes everything doubtful.
+        """Whether to read a message, which may have another number than the next; a jump makes everything doubtful.
 
         A refused message may be the first fragment of one, or none of the venue's: then its number comes once more.
         Otherwise it is lost; which book that costs is known.
@@ -545,19 +556,25 @@ class Coinbase(Venue):
             self.emit.gap(feed, ticker, from_time=from_us, cause="resync")
 
     def unrouted(self, frame: bytes) -> None:
-        head = _decode_head(frame)
-        handle = self._handlers.get(head.channel)
+        try:
+            handle = self._handlers.get(_decode_head(frame).channel)
+        except (msgspec.DecodeError, RecursionError):
+            handle = None  # it is refused below, and its number counted
         if handle is not None:
             self.take_route(frame, handle)
-        elif head.channel == "subscriptions":
-            self._answered(_decode_subscriptions(frame).events)
+        else:
+            self._on_other(frame)
+
+    def _take_other(self, head: _Head) -> None:
+        if head.channel == "subscriptions":
+            self._answered(_decode_subscriptions(head.events))
         elif head.type == "error":
             self._failed(head.message)
         else:
             raise FrameError("unhandled_channel", head.channel or head.type)
 
-    def _on_heartbeat(self, frame: bytes) -> None:
-        for event in _decode_heartbeat(frame).events:
+    def _on_heartbeat(self, message: Any) -> None:
+        for event in message.events:
             if self._heartbeat >= 0 and event.heartbeat_counter != self._heartbeat + 1:
                 self._lose("heartbeat")
             self._heartbeat = event.heartbeat_counter
@@ -600,8 +617,7 @@ class Coinbase(Venue):
 
     # Data
 
-    def _on_book(self, frame: bytes) -> None:
-        message = _decode_book(frame)
+    def _on_book(self, message: Any) -> None:
         for update in [self._update(event, message.timestamp) for event in message.events]:
             update.take(update)
 
@@ -652,28 +668,28 @@ class Coinbase(Venue):
     def want_snapshot(self, book: BookSync) -> None:
         self._again.setdefault(f"level2:{book.instrument.ticker}", 0)
 
-    def _on_trades(self, frame: bytes) -> None:
-        events: list[TradesEvent] = _decode_trades(frame).events
-        if len(events) == 1 and len(events[0].trades) == 1:  # the common case, in half the time
-            trade = events[0].trades[0]
-            sync = self.trade_syncs.get(trade.product_id)
-            side, timestamp = _TAKER.get(trade.side), time_us(trade.time)
-            if (
-                sync is not None
-                and trade.trade_id == sync.last + 1
-                and side
-                and timestamp
-                and events[0].type == "update"
-            ):
-                self.emit.trade(sync.instrument, timestamp, side, trade.price, trade.size, trade.trade_id)
-                sync.last, sync.last_time = trade.trade_id, timestamp
-                return
-        for event, rows in [(event, self._rows_of(event)) for event in events]:
-            for ticker, trades in rows.items():
-                if event.type == "snapshot":
-                    self.trade_sync(ticker).greeted(trades)
-                else:
-                    self.trade_sync(ticker).publish(trades)
+    def _trades_taker(self) -> Callable[[Any], None]:
+        emit_trade, sync_of, side_of = self.emit.trade, self.trade_syncs.get, _TAKER.get
+
+        def take(message: Any) -> None:
+            events: list[TradesEvent] = message.events
+            if len(events) == 1 and len(events[0].trades) == 1 and events[0].type == "update":
+                t = events[0].trades[0]
+                sync, side, seq = sync_of(t.product_id), side_of(t.side), t.trade_id
+                if (
+                    sync is not None and side and seq == sync.last + 1 and (timestamp := time_us(t.time))
+                ):  # the common case
+                    emit_trade(sync.instrument, timestamp, side, t.price, t.size, seq)
+                    sync.last, sync.last_time = seq, timestamp
+                    return
+            for event, rows in [(event, self._rows_of(event)) for event in events]:
+                for ticker, trades in rows.items():
+                    if event.type == "snapshot":
+                        self.trade_sync(ticker).greeted(trades)
+                    else:
+                        self.trade_sync(ticker).publish(trades)
+
+        return take
 
     def _rows_of(self, event: TradesEvent) -> dict[str, list[TradeRow]]:
         """Rows by product in the order of the counter; a message has the newest trade first."""
@@ -695,8 +711,7 @@ class Coinbase(Venue):
             raise FrameError("absurd_number", f"trade time={trade.time}")
         return trade.trade_id, timestamp, side, trade.price, trade.size, b""
 
-    def _on_tickers(self, frame: bytes) -> None:
-        message = _decode_tickers(frame)
+    def _on_tickers(self, message: Any) -> None:
         timestamp = time_us(message.timestamp)
         tickers: list[Ticker] = [ticker for event in message.events for ticker in event.tickers]
         for t in tickers:
@@ -709,12 +724,11 @@ class Coinbase(Venue):
             given = {name: value for name, value in values.items() if value != ""}
             self.emit.ticker(self.emit.instrument(t.product_id), timestamp, **given)  # type: ignore[arg-type]
 
-    def _on_candles(self, frame: bytes) -> None:
+    def _on_candles(self, message: Any) -> None:
         """The venue never says that a candle is closed: the first one of the next five minutes does.
 
         The snapshot of a new subscription closes what ended meanwhile; at the first one only the open candle is new.
         """
-        message = _decode_candles(frame)
         timestamp, by_event = time_us(message.timestamp), []
         for event in message.events:
             by_product: dict[str, list[Candle]] = {}

@@ -28,7 +28,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -52,6 +52,7 @@ AUDIT_MOST_NS = 60_000_000_000  # then an audit is given up
 AUDIT_COST = 100  # an audit is followed by so many times its own cost: the largest books have megabytes
 TOUCHED_MAX = 100_000  # changed levels noted for an audit; then it is given up
 _SIGNED = "GET/users/self/verify"
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 Maker = Literal["buy", "sell"]
 Price = Annotated[float, msgspec.Meta(ge=0, lt=PRICE_MAX)]
@@ -184,7 +185,7 @@ _PRODUCT = re.compile(rb'"product_id"\s*:\s*"([^"]{1,60})"')
 
 def _us(moment: datetime) -> int:
     """us since the epoch; 0 when the venue gave no time (it writes the year 1)."""
-    us = int(moment.timestamp() * 1e6 + 0.5)
+    us = (moment - _EPOCH) // _MICROSECOND
     if us >= TIME_MAX_US:
         raise FrameError("absurd_number", f"time={moment}")
     return max(us, 0)
@@ -460,7 +461,7 @@ class CoinbaseExchange(Venue):
         def on_match(frame: bytes) -> None:
             match = decode(frame)
             sync = get(match.product_id) or self._trades_of(match.product_id)
-            seq, timestamp = match.trade_id, int(match.time.timestamp() * 1e6 + 0.5)
+            seq, timestamp = match.trade_id, (match.time - _EPOCH) // _MICROSECOND
             side = SELL if match.side == "buy" else BUY
             if seq == sync.last + 1:
                 emit_trade(sync.instrument, timestamp, side, match.price, match.size, seq)

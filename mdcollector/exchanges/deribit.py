@@ -30,7 +30,7 @@ from mdcollector.exchanges import (
     Venue,
     decode_body,
 )
-from mdcollector.records import BUY, SELL, Exchange
+from mdcollector.records import BUY, SELL, Exchange, Flag
 
 CHANNELS_PER_SUBSCRIBE = 200  # 500 allowed [not confirmed]; a subscribe costs 3,000 credits whatever its length
 HEARTBEAT_S = 30  # public/set_heartbeat, minimum 10
@@ -50,6 +50,7 @@ _NOT_NOW = (10040, 10041, 10047, 10066, 11051, 13028, 13888)
 AGAIN_NS = 10_000_000_000  # after one of those, what a connection begins with is sent once more
 _LOGIN, _REFRESH = "client_credentials", "refresh_token"  # grant types of public/auth
 _HEARTBEAT = "public/set_heartbeat"
+_LAST = int(Flag.LAST)
 _SIDES = {"buy": BUY, "sell": SELL}  # `direction` is the taker's
 
 _INTERVALS = {
@@ -518,10 +519,20 @@ class Deribit(Venue):
     def _on_trades(self, ticker: str) -> Callable[[bytes], None]:
         if "." not in ticker:  # else all instruments of a kind and currency share one channel
             self.admit(ticker)
+        emit_trade, sync_of, side_of = self.emit.trade, self.trade_syncs.get, _SIDES.get
 
         def on_trades(frame: bytes) -> None:
+            trades = _decode_trades(frame).params.data
+            if len(trades) == 1:
+                t = trades[0]
+                sync, side, seq = sync_of(t.instrument_name), side_of(t.direction), t.trade_seq
+                if sync is not None and side and seq == sync.last + 1:  # the common case
+                    timestamp = t.timestamp * 1000
+                    emit_trade(sync.instrument, timestamp, side, t.price, t.amount, seq, _LAST, t.trade_id.encode())
+                    sync.last, sync.last_time = seq, timestamp
+                    return
             by_instrument: dict[str, list[TradeRow]] = {}
-            for t in _decode_trades(frame).params.data:
+            for t in trades:
                 by_instrument.setdefault(t.instrument_name, []).append(self._row(t))
             for name, rows in by_instrument.items():
                 self.admit(name)

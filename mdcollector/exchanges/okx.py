@@ -40,7 +40,7 @@ from mdcollector.exchanges import (
     decode_body,
     trade_holes_left,
 )
-from mdcollector.records import BUY, SELL, Exchange
+from mdcollector.records import BUY, SELL, Exchange, Flag
 
 PUBLIC, BUSINESS = "/ws/v5/public", "/ws/v5/business"
 REQUESTS_PER_HOUR = 480  # subscribe, unsubscribe and login requests of one connection; many args count once; 2026
@@ -78,6 +78,7 @@ _INTERVALS = {bar: interval for interval, bar in _BARS.items()} | {
     bar: bar for bar in ("6H", "12H", "1D", "2D", "3D", "5D", "1W", "1M", "3M")
 }
 _KINDS = {"SPOT": "spot", "SWAP": "perpetual", "FUTURES": "future", "OPTION": "option"}
+_LAST = int(Flag.LAST)
 _SIDES = {"buy": BUY, "sell": SELL}
 
 # Names of the fields that frames were seen to have, or that the documents name.
@@ -698,7 +699,7 @@ class Okx(Venue):
                 if side and seq - (count or 1) == sync.last and (merged or count is None):  # the common case
                     timestamp = t.ts * 1000
                     if merged:
-                        emit_trade(instrument, timestamp, side, t.px, t.sz, -1, trade_id=b"%d" % seq)
+                        emit_trade(instrument, timestamp, side, t.px, t.sz, -1, _LAST, b"%d" % seq)
                     else:
                         emit_trade(instrument, timestamp, side, t.px, t.sz, seq)
                     sync.last, sync.last_time = seq, timestamp
