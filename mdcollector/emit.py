@@ -78,13 +78,13 @@ _CONTENT = {
 _pack_bbo, _pack_ticker = _CONTENT[BBO.name].pack, _CONTENT[TICKERS.name].pack
 BEGINNING_S = 30.0  # so long after a connection opened a subscription may begin
 
-Views = tuple["memoryview[int]", "memoryview[int]", "memoryview[int]", np.ndarray[Any, Any]]
+Views = tuple["memoryview[int]", "memoryview[int]", np.ndarray[Any, Any]]
 
 
 def _views(rows: memoryview) -> Views:
-    """The same rows as bytes, half-words and words, and price and quantity as an array."""
+    """The same rows as bytes and words, and price and quantity as an array."""
     numbers = np.frombuffer(rows, "<f8").reshape(-1, _LEVEL_BYTES // 8)
-    return rows, rows.cast("h"), rows.cast("l"), numbers[:, _PRICE // 8 : _QTY // 8 + 1]
+    return rows, rows.cast("l"), numbers[:, _PRICE // 8 : _QTY // 8 + 1]
 
 
 def level_code(side: int, action: int) -> bytes:
@@ -148,7 +148,7 @@ class LevelsWriter(Protocol):
 
     def __call__(
         self, instrument: Instrument, timestamp: int, flags: int, parse_ns: int, values: np.ndarray[Any, Any],
-        codes: bytes, update_id: int,
+        codes: Sequence[bytes], update_id: int,
     ) -> None: ...  # fmt: skip
 
 
@@ -414,11 +414,11 @@ class Emit:
             flags: int,
             parse_ns: int,
             values: np.ndarray[Any, Any],
-            codes: bytes,
+            codes: Sequence[bytes],
             update_id: int,
         ) -> None:
             nonlocal numbers_from, numbers
-            count = len(codes) >> 1
+            count = len(codes)
             if ring is None or not count:
                 return
             n = ring.next
@@ -438,7 +438,7 @@ class Emit:
             if wraps:
                 low, high, slot = 0, high - low, 0
                 views = _views(memoryview(bytearray(high)))
-            data, halves, words, pairs = views
+            data, words, pairs = views
             publish_ns = clock() - self.t0_ns
             if publish_ns > UINT32_MAX:
                 parse_ns, publish_ns = min(parse_ns, UINT32_MAX), UINT32_MAX
@@ -446,8 +446,9 @@ class Emit:
                 timestamp, self.rcv_us, self.packet_id, parse_ns, publish_ns, instrument.orderbook_l2,
                 code, flags, 0, 0, 0.0, 0.0, update_id, 0,
             )  # fmt: skip
-            data[low:high] = row * count
-            halves[(low + _SIDE) >> 1 : high >> 1 : _LEVEL_BYTES // 2] = memoryview(codes).cast("h")
+            # All rows with one call: they differ in their codes, and what is between two of those is always the same.
+            head, tail = row[:_SIDE], row[_SIDE + 2 :]
+            data[low:high] = b"".join((head, (tail + head).join(codes), tail))
             words[(low + _SEQ) >> 3 : high >> 3 : _LEVEL_BYTES // 8] = numbers[number : number + count]
             pairs[slot : slot + count] = values
             data[high - _LEVEL_BYTES + _FLAGS] = flags | _LAST

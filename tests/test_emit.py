@@ -202,7 +202,7 @@ def test_bbo(made: Made) -> None:
 
 def test_levels(made: Made) -> None:
     shown = _publications(made, "orderbook_l2")
-    codes = level_code(1, NEW) + level_code(-1, UPDATE) + level_code(-1, DELETE) + level_code(0, DELETE)
+    codes = [level_code(1, NEW), level_code(-1, UPDATE), level_code(-1, DELETE), level_code(0, DELETE)]
     made.emit.levels(made.b, 9, INVALID, 3, values((1.0, 2.0), (3.0, 4.0), (5.0, 0.0), (0.0, 0.0)), codes, 2**62)
     assert shown == [4]
     same: dict[str, Any] = {"timestamp": 9, "parse": 3, "publish": 10}
@@ -212,11 +212,11 @@ def test_levels(made: Made) -> None:
         row("orderbook_l2", 2, 1, INVALID, f8(5.0, 0.0), i8(2**62), one=b"\xff\x03", **same),
         row("orderbook_l2", 3, 1, INVALID | LAST, f8(0.0, 0.0), i8(2**62), one=b"\x00\x03", **same),
     ]
-    made.emit.levels(made.b, 0, SNAPSHOT, 3, values((1.0, 2.0)), level_code(1, NEW), -1)
+    made.emit.levels(made.b, 0, SNAPSHOT, 3, values((1.0, 2.0)), [level_code(1, NEW)], -1)
     assert made.stored("orderbook_l2")[4] == row(
         "orderbook_l2", 4, 1, SNAPSHOT | LAST | TIME_LOCAL, f8(1.0, 2.0), i8(-1), one=b"\x01\x01", parse=3, publish=20
     )
-    made.emit.levels(made.a, 9, 0, 3, values(), b"", 5)
+    made.emit.levels(made.a, 9, 0, 3, values(), [], 5)
     assert made.emit.rings["orderbook_l2"].next == 5, "no level, no row"
 
 
@@ -331,7 +331,7 @@ def test_a_replay_is_flagged_in_every_row(tmp_path: Path) -> None:
     one.emit.trade(one.a, 1, 1, 1.0, 1.0, 1)
     one.emit.trades([(one.a, 1, 1, 1.0, 1.0, 2, b""), (one.a, 1, 1, 1.0, 1.0, 3, b"")])
     one.emit.bbo(one.a, 1, 1.0, 1.0, 2.0, 1.0)
-    one.emit.levels(one.a, 1, 0, 0, values((1.0, 1.0), (2.0, 1.0)), level_code(1, NEW) * 2, 1)
+    one.emit.levels(one.a, 1, 0, 0, values((1.0, 1.0), (2.0, 1.0)), [level_code(1, NEW)] * 2, 1)
     one.emit.ticker(one.a, 1)
     one.emit.candle(one.a, 1, b"1m", 1, (1.0,) * 4, 1.0, 1, False)
     one.emit.liquidation(one.a, 1, 1, 1.0, 1.0)
@@ -385,7 +385,7 @@ def test_messages_of_any_size_wrap_around(
         if kind:
             levels = values(*((float(first + i), float(message)) for i in range(size)))
             one.emit.levels(
-                one.a, 7, 0, 1, levels, b"".join(level_code(1 - 2 * (i % 2), 1 + i % 3) for i in range(size)), message
+                one.a, 7, 0, 1, levels, [level_code(1 - 2 * (i % 2), 1 + i % 3) for i in range(size)], message
             )
         else:
             one.emit.trades(
@@ -413,7 +413,7 @@ def test_a_book_larger_than_the_table_of_numbers(tmp_path: Path) -> None:
     one = Made(tmp_path, capacity=1 << 15)
     first = 3
     for size in (first, 12_000, 1, 16_000, 15_000):
-        one.emit.levels(one.a, 7, 0, 0, np.arange(2.0 * size).reshape(-1, 2), level_code(1, NEW) * size, size)
+        one.emit.levels(one.a, 7, 0, 0, np.arange(2.0 * size).reshape(-1, 2), [level_code(1, NEW)] * size, size)
     rows = one.emit.rings["orderbook_l2"].recent_rows(0)
     one.emit.close()
     total = 3 + 12_000 + 1 + 16_000 + 15_000
@@ -425,10 +425,10 @@ def test_a_book_larger_than_the_table_of_numbers(tmp_path: Path) -> None:
 
 
 def test_a_message_that_no_ring_of_this_size_takes_leaves_it_as_it_was(made: Made) -> None:
-    made.emit.levels(made.a, 7, 0, 0, values((1.0, 1.0)), level_code(1, NEW), 1)
+    made.emit.levels(made.a, 7, 0, 0, values((1.0, 1.0)), [level_code(1, NEW)], 1)
     before = made.stored("orderbook_l2")
     with pytest.raises(RingError, match="capacity of at least"):
-        made.emit.levels(made.a, 7, 0, 0, np.ones((300, 2)), level_code(1, NEW) * 300, 2)
+        made.emit.levels(made.a, 7, 0, 0, np.ones((300, 2)), [level_code(1, NEW)] * 300, 2)
     assert made.stored("orderbook_l2") == before
 
 
@@ -459,7 +459,7 @@ def test_stage_times_saturate(step: int, parse: int, publish: int, made: Made) -
     ]
     assert rows == [(parse, parse)] * 3
     made.packet()
-    made.emit.levels(made.a, 1, 0, min(step, 1 << 62), values((1.0, 1.0)), level_code(1, NEW), 1)
+    made.emit.levels(made.a, 1, 0, min(step, 1 << 62), values((1.0, 1.0)), [level_code(1, NEW)], 1)
     made.packet()
     made.emit.ticker(made.a, 1)
     level, ticker = (made.emit.rings[f].recent_rows(0)[0] for f in ("orderbook_l2", "tickers"))
@@ -485,7 +485,7 @@ def test_a_feed_reaches_to_its_newest_event_also_where_it_came_seconds_later(mad
 def test_latency_is_counted_for_live_rows_only(made: Made) -> None:
     made.emit.trade(made.a, 1, 1, 1.0, 1.0, 1)
     made.emit.trades([(made.a, 1, 1, 1.0, 1.0, 2, b"")], REPAIRED)
-    made.emit.levels(made.a, 1, SNAPSHOT, 0, values((1.0, 1.0)), level_code(1, NEW), 1)
+    made.emit.levels(made.a, 1, SNAPSHOT, 0, values((1.0, 1.0)), [level_code(1, NEW)], 1)
     made.emit.gap("trades", "A", cause="x")
     assert made.emit.last_row_ns("trades", "A") == 0
     made.emit.tick()
@@ -592,7 +592,7 @@ def test_feeds_that_are_not_configured_are_checked_and_left_out(tmp_path: Path) 
     one = Made(tmp_path, feeds=("bbo",))
     one.emit.trade(one.a, 1, 1, 1.0, 1.0, 1)
     one.emit.trades([(one.a, 1, 1, 1.0, 1.0, 1, b"")])
-    one.emit.levels(one.a, 1, 0, 0, values((1.0, 1.0)), level_code(1, NEW), 1)
+    one.emit.levels(one.a, 1, 0, 0, values((1.0, 1.0)), [level_code(1, NEW)], 1)
     one.emit.ticker(one.a, 1)
     one.emit.candle(one.a, 1, b"1m", 1, (1.0,) * 4, 1.0, 1, False)
     one.emit.liquidation(one.a, 1, 1, 1.0, 1.0)
