@@ -623,10 +623,15 @@ class Coinbase(Venue):
 
     def _update(self, event: BookEvent, sent: str) -> _Update:
         levels = event.updates
-        bids = [(level.price_level, level.new_quantity) for level in levels if level.side == "bid"]
-        asks = [(level.price_level, level.new_quantity) for level in levels if level.side == "offer"]
-        if len(bids) + len(asks) != len(levels):
-            raise FrameError("unknown_side", str(sorted({level.side for level in levels})))
+        bids: list[tuple[float, float]] = []
+        asks: list[tuple[float, float]] = []
+        for level in levels:
+            if level.side == "bid":
+                bids.append((level.price_level, level.new_quantity))
+            elif level.side == "offer":
+                asks.append((level.price_level, level.new_quantity))
+            else:
+                raise FrameError("unknown_side", level.side)
         timestamp = 0
         if levels:
             first, last = levels[0].event_time, levels[-1].event_time

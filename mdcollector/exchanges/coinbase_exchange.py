@@ -508,8 +508,13 @@ class CoinbaseExchange(Venue):
                 self.emit.counters["book_superseded"] += 1
                 return
             id_ = depth.newest = timestamp if timestamp > depth.newest else depth.newest + 1
-            bids = [(price, size) for side, price, size in update.changes if side == "buy"]
-            asks = [(price, size) for side, price, size in update.changes if side == "sell"]
+            bids: list[tuple[float, float]] = []
+            asks: list[tuple[float, float]] = []
+            for side, price, size in update.changes:
+                if side == "buy":
+                    bids.append((price, size))
+                else:
+                    asks.append((price, size))
             depth.sync.delta(id_, id_, -1, timestamp, bids, asks)
             if depth.touched is not None:
                 depth.touched.update((side == "buy", price) for side, price, _ in update.changes)
