@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
-import psutil
 
 from mdcollector.errors import ConfigError
 from mdcollector.records import DATA_FEEDS, FEEDS
@@ -368,7 +367,7 @@ def _check_feeds(where: str, feeds: Sequence[str], allowed: Sequence[str]) -> No
 
 
 def _check_cpu(where: str, cpu: int | None) -> None:
-    available = sorted(psutil.Process().cpu_affinity() or [])
+    available = sorted(os.sched_getaffinity(0))
     if cpu is not None and cpu not in available:
         raise ConfigError(f"{where} = {cpu}: not a CPU of this machine; allowed are {', '.join(map(str, available))}")
 

@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from mdcollector import config, logs
 from mdcollector.budget import Budget
 from mdcollector.clocks import VenueClock
@@ -605,7 +603,7 @@ class Connector:
                 "fetches_waiting": self._fetcher.waiting,
                 "fetch_blocked_until_ns": self._fetcher.blocked_until_ns,
                 "clock": self._clock.snapshot(),
-                "rss_bytes": psutil.Process().memory_info().rss,
+                "rss_bytes": resident_bytes(),
                 "notes": dict(venue.notes),
                 "streams": {
                     (s.name if shared[s.name] == 1 else f"{s.name} {s.ticker}"): {
@@ -687,7 +685,12 @@ def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
 def pin(cpu: int | None) -> None:
     """Pin this process to a CPU."""
     if cpu is not None:
-        psutil.Process().cpu_affinity([cpu])
+        os.sched_setaffinity(0, [cpu])
+
+
+def resident_bytes() -> int:
+    """Memory of this process, its rings included; psutil says it too, and is 2 MB more of it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def lock_memory() -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import picows
-import tenacity
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
 from mdcollector.budget import BLOCK_MOST_S, Budget
@@ -218,13 +217,8 @@ async def get(
     a venue).
     """
     waits_s = _waits_s(rate_limited)
-    async for attempt in tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type((aiohttp.ClientError, TimeoutError, Disconnected)),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        stop=tenacity.stop_after_attempt(tries),
-        reraise=True,
-    ):
-        with attempt:
+    for attempt in range(tries):
+        try:
             async with session.get(url) as response:
                 if response.status in waits_s:
                     wait_s = _retry_after(response.headers.get("Retry-After"), waits_s[response.status])
@@ -235,7 +229,11 @@ async def get(
                 if response.status >= 500:
                     raise Disconnected(f"{url}: HTTP {response.status}")
                 return response.status, body
-    raise AssertionError("tenacity returns or raises")
+        except (aiohttp.ClientError, TimeoutError, Disconnected):
+            if attempt == tries - 1:
+                raise
+        await asyncio.sleep(random.uniform(0, min(30.0, 0.5 * 2.0**attempt)))  # noqa: S311 (jitter)
+    raise AssertionError(f"{tries} tries")
 
 
 def open_session(tls: ssl.SSLContext | None, headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:
