@@ -1,7 +1,8 @@
 """The proof: what a simulated exchange did, what the rings published and what the tables hold agree row for row.
 
-Called by tests and by the demo with the ledger of `mdsim`. It decodes nothing: the ledger's text is turned into plain
-dictionaries, the tables are read with pyarrow, and every rule is written here a second time. What it shows:
+Called by tests, the demo and the soak with the ledger of `mdsim`. It uses no decoder of the collector: the ledger's
+text is turned into plain values, the tables are read with pyarrow, and every rule is written here a second time.
+Rows stay columns and ledger lines text until they are compared: a long run has tens of millions. What it shows:
 
     trades      every trade between the first and the last recorded one of a ticker is there once and equal, or an
                 unrepaired row of `gaps` names its id; no trade that the exchange did not make
@@ -16,12 +17,14 @@ dictionaries, the tables are read with pyarrow, and every rule is written here a
     rings       tables have the very rows of the rings, seq_ids without a hole up to what was published
 """
 
+from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from operator import eq
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,16 +33,18 @@ import pyarrow.parquet as pq
 
 from mdcollector.records import ALWAYS_ON
 from mdcollector.ring import RingReader
-from tools.sim.ledger import Ledger
+from tools.sim.ledger import Ledger, Lines
 from tools.sim.server import venues
 
 DIFFERENCES_MAX = 100  # kept in words; all of them are counted
 LATE_US = 1_000_000  # the simulator's stamps may be so much older than the moment it really sent
 DATA_FEEDS = ("trades", "orderbook_l2", "bbo", "tickers", "candles")
+BATCH_ROWS = 65_536  # that are Python objects at a time, where rows are taken one after the other
 LAST, SNAPSHOT, BOOK_INVALID, REPAIRED, TIME_LOCAL, UNPROVEN = 1, 2, 8, 16, 64, 128
 
 Row = dict[str, Any]
-Levels = dict[float, float]
+Key = tuple[Any, ...]  # what of a row is compared with the ledger
+Level = tuple[int, float, float]  # side, price, quantity
 
 
 @dataclass
@@ -119,25 +124,80 @@ def prove(
 
 def load_rows(out: Path, feed: str, exchange: str = "*") -> dict[str, list[Row]]:
     """Rows of a feed per connector, in the order of seq_id; times are integers in us, texts plain text."""
+    return {connector: list(rows) for connector, rows in _load(out, feed, exchange).items()}
+
+
+class Rows:
+    """Rows of a feed as columns, in the order of seq_id; a row is made when it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        names = self.table.column_names
+        for start in range(0, len(self), BATCH_ROWS):
+            for values in self.slice(start, start + BATCH_ROWS).values(*names):
+                yield dict(zip(names, values, strict=True))
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        return Rows(self.table.slice(start, max(0, stop - start)))
+
+    def values(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """These columns of every row, None where they are null."""
+        return zip(*(self.column(name) for name in names), strict=True)
+
+    def column(self, name: str) -> list[Any]:
+        column = self.table[name]
+        if column.null_count:
+            return list(column.to_pylist())
+        if pa.types.is_dictionary(column.type):
+            words: list[Any] = []
+            for chunk in column.chunks:
+                words += chunk.dictionary.to_numpy(zero_copy_only=False)[chunk.indices.to_numpy()].tolist()
+            return words
+        return list(column.to_numpy().tolist())
+
+    def numbers(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """A column of numbers, and where it is null; there the number means nothing."""
+        column = self.table[name]
+        nulls = column.is_null().to_numpy()
+        return (column.fill_null(0) if column.null_count else column).to_numpy(), nulls
+
+    def by_ticker(self) -> Iterator[tuple[str, "Rows"]]:
+        """Rows of each ticker, those of the first one first."""
+        for ticker in pc.unique(self.table["ticker"]).to_pylist():
+            yield ticker, self.where(pc.equal(self.table["ticker"], ticker))
+
+    def where(self, which: pa.ChunkedArray) -> "Rows":
+        return Rows(self.table.filter(which))
+
+
+def _load(out: Path, feed: str, exchange: str) -> dict[str, Rows]:
     found: dict[str, list[pa.Table]] = defaultdict(list)
     for path in sorted(out.glob(f"{feed}/{exchange}/date=*/*.parquet")):
         found[path.name.rsplit("-", 3)[0]].append(pq.read_table(path, partitioning=None))
-    rows: dict[str, list[Row]] = {}
-    for connector, tables in found.items():
-        columns = {}
-        for name in tables[0].column_names:
-            column = pa.chunked_array([chunk for table in tables for chunk in _plain(table[name]).chunks])
-            columns[name] = column.to_pylist()
-        names = list(columns)
-        rows[connector] = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        rows[connector].sort(key=lambda row: row["seq_id"])
+    rows: dict[str, Rows] = {}
+    for connector in list(found):
+        tables = found.pop(connector)
+        columns = {
+            name: pa.chunked_array(
+                [chunk for table in tables for chunk in _plain(table[name]).chunks], _plain(tables[0][name]).type
+            )
+            for name in tables[0].column_names
+        }
+        table = pa.table(columns).unify_dictionaries()
+        seqs = table["seq_id"].to_numpy()
+        if (seqs[1:] < seqs[:-1]).any():
+            table = table.take(np.argsort(seqs, kind="stable"))
+        rows[connector] = Rows(table)
     return rows
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_timestamp(column.type):
-        return column.cast(pa.int64())
-    return pc.cast(column, pa.string()) if pa.types.is_dictionary(column.type) else column
+    return column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
 
 
 def standing_gaps(rows: Sequence[Row]) -> list[Row]:
@@ -149,32 +209,27 @@ def standing_gaps(rows: Sequence[Row]) -> list[Row]:
     return [row for row in state.values() if not row["repaired"]]
 
 
-@dataclass(frozen=True)
 class _Holes:
     """The unrepaired holes of one connector."""
 
-    rows: list[Row]
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._ids = defaultdict[tuple[str, str], list[tuple[int, int]]](list)
+        self._times = defaultdict[tuple[str, str], list[tuple[int, int]]](list)
+        for row in rows:
+            where = row["feed"], row["ticker"]
+            if row["first_id"] is not None:
+                self._ids[where].append((row["first_id"], row["last_id"]))
+            if row["from_time"] is not None:
+                self._times[where].append((row["from_time"] - LATE_US, row["to_time"]))
 
     def names_id(self, feed: str, ticker: str, number: int) -> bool:
-        return any(
-            g["feed"] == feed and g["ticker"] == ticker and g["first_id"] is not None
-            and g["first_id"] <= number <= g["last_id"]
-            for g in self.rows
-        )  # fmt: skip
+        return self.overlaps_ids(feed, ticker, number, number)
 
     def overlaps_ids(self, feed: str, ticker: str, first: int, last: int) -> bool:
-        return any(
-            g["feed"] == feed and g["ticker"] == ticker and g["first_id"] is not None
-            and g["first_id"] <= last and first <= g["last_id"]
-            for g in self.rows
-        )  # fmt: skip
+        return any(low <= last and first <= high for low, high in self._ids.get((feed, ticker), ()))
 
     def at_time(self, feed: str, ticker: str, t: int) -> bool:
-        return any(
-            g["feed"] == feed and g["ticker"] in ("*", ticker) and g["from_time"] is not None
-            and g["from_time"] - LATE_US <= t <= g["to_time"]
-            for g in self.rows
-        )  # fmt: skip
+        return any(low <= t <= high for name in ("*", ticker) for low, high in self._times.get((feed, name), ()))
 
 
 class _Comparison:
@@ -203,7 +258,7 @@ class _Comparison:
 
     def feed(self, feed: str) -> None:
         count = self.proof.feeds.setdefault(feed, FeedProof())
-        check: Callable[[str, str, list[Row]], None] = {
+        check: Callable[[str, str, Rows], None] = {
             "trades": self._trades,
             "orderbook_l2": self._book,
             "bbo": self._bbo,
@@ -212,16 +267,15 @@ class _Comparison:
             "liquidations": self._liquidations,
         }[feed]
         seen: dict[str, str] = {}
-        for connector, rows in load_rows(self.out, feed, self.exchange).items():
+        for connector, rows in _load(self.out, feed, self.exchange).items():
             count.rows += len(rows)
-            count.repaired += sum(1 for row in rows if row["flags"] & REPAIRED)
-            self._contiguous(feed, connector, [row["seq_id"] for row in rows])
-            by_ticker: dict[str, list[Row]] = defaultdict(list)
-            for row in rows:
-                by_ticker[row["ticker"]].append(row)
-                if row["exchange"] != self.exchange:
-                    self.proof.differ(feed, f"seq_id {row['seq_id']} says exchange {row['exchange']}")
-            for ticker, mine in by_ticker.items():
+            count.repaired += int(np.count_nonzero(rows.numbers("flags")[0] & REPAIRED))
+            self._contiguous(feed, connector, rows.numbers("seq_id")[0])
+            for seq_id, exchange in rows.where(pc.not_equal(rows.table["exchange"], self.exchange)).values(
+                "seq_id", "exchange"
+            ):
+                self.proof.differ(feed, f"seq_id {seq_id} says exchange {exchange}")
+            for ticker, mine in rows.by_ticker():
                 if ticker not in self.truth.start["tickers"]:
                     self.proof.differ(feed, f"{len(mine)} rows of {ticker}, which the exchange does not list")
                 elif seen.setdefault(ticker, connector) != connector:
@@ -229,10 +283,10 @@ class _Comparison:
                 else:
                     check(connector, ticker, mine)
 
-    def _contiguous(self, feed: str, connector: str, seqs: Sequence[int]) -> None:
-        if list(seqs) != list(range(len(seqs))):
-            at = next(i for i, seq in enumerate(seqs) if seq != i)
-            self.proof.differ(feed, f"{connector}: seq_id {seqs[at]} stands where {at} is due")
+    def _contiguous(self, feed: str, connector: str, seqs: np.ndarray[Any, Any]) -> None:
+        wrong = np.flatnonzero(seqs != np.arange(len(seqs)))
+        if len(wrong):
+            self.proof.differ(feed, f"{connector}: seq_id {seqs[wrong[0]]} stands where {wrong[0]} is due")
 
     def _holes_of(self, connector: str) -> _Holes:
         return self.holes.get(connector, _Holes([]))
@@ -240,47 +294,51 @@ class _Comparison:
     def _explained(self, feed: str) -> None:
         self.proof.feeds[feed].explained += 1
 
-    def _equal(self, feed: str, where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        wrong = [f"{k} {found[k]!r} instead of {v!r}" for k, v in expected.items() if not _same(found[k], v)]
-        if wrong:
-            self.proof.differ(feed, f"{where}: {', '.join(wrong)}")
-        else:
+    def _equal(self, feed: str, where: str, names: Sequence[str], found: Key, expected: Key) -> None:
+        if found == expected:
             self.proof.feeds[feed].equal += 1
+        else:
+            values = zip(names, found, expected, strict=True)
+            wrong = [f"{name} {mine!r} instead of {real!r}" for name, mine, real in values if mine != real]
+            self.proof.differ(feed, f"{where}: {', '.join(wrong)}")
 
     def _time(self, t: int) -> int:
         return t // self.dialect.unit_us * self.dialect.unit_us
 
     # Trades
 
-    def _trades(self, connector: str, ticker: str, rows: list[Row]) -> None:
-        truth = {row["seq"]: row for row in self.truth.rows("trade", ticker)}
-        merged = self.truth.aggtrades(ticker)
+    def _trades(self, connector: str, ticker: str, rows: Rows) -> None:
+        words = "id", "price", "qty", "side", "t"
+        names = "trade_id", "price", "qty", "side", "timestamp"
+        truth = {seq: real for seq, *real in self.truth.lines("trade", ticker).values("seq", *words)}
+        merged = {
+            real[0]: (first, real) for first, *real in self.truth.lines("aggtrade", ticker).values("first", *words)
+        }
         counted = self.dialect.trades_have_counter
-        seq_of = {row["id"]: row["seq"] for row in truth.values()}  # the counter that some venues keep to themselves
-        found: dict[int, Row] = {}
-        for row in rows:
-            seq, ids = row["trade_seq"], range(0)
+        # The counter that some venues keep to themselves.
+        seq_of = {} if counted else {real[0]: seq for seq, real in truth.items()}
+        found: set[int] = set()
+        for flags, counter, *mine in rows.values("flags", "trade_seq", *names):
+            seq, ids, real = counter, range(0), None
             if not counted:
-                if seq is not None:
-                    self.proof.differ("trades", f"{ticker} {row['trade_id']}: has a counter that was never told")
-                seq = seq_of.get(row["trade_id"], -1)
-            elif seq is None:  # the venue merges trades: the row stands for as many as its ledger says
-                real = merged.get(row["trade_id"], {})
-                seq = int(row["trade_id"])
-                ids = range(int(real.get("first", seq)), seq + 1)
-            if row["flags"] & REPAIRED or not ids:  # what is fetched comes one by one
-                ids, real = range(seq, seq + 1), truth.get(seq, {})
-            if any(one not in truth for one in ids):
+                if counter is not None:
+                    self.proof.differ("trades", f"{ticker} {mine[0]}: has a counter that was never told")
+                seq = seq_of.get(mine[0], -1)
+            elif counter is None:  # the venue merges trades: the row stands for as many as its ledger says
+                seq = int(mine[0])
+                first, real = merged.get(mine[0], (seq, None))
+                ids = range(int(first), seq + 1)
+            if flags & REPAIRED or not ids:  # what is fetched comes one by one
+                ids, real = range(seq, seq + 1), truth.get(seq)
+            if real is None or any(one not in truth for one in ids):
                 self.proof.differ("trades", f"{ticker} {seq}: the exchange made no such trade")
             elif any(one in found for one in ids):
                 self.proof.differ("trades", f"{ticker} {seq}: is there twice")
             else:
-                found.update(dict.fromkeys(ids, row))
-                expected = {
-                    "trade_id": real["id"], "price": float(real["price"]), "qty": float(real["qty"]),
-                    "side": 1 if real["side"] == "BUY" else -1, "timestamp": self._time(real["t"]),
-                }  # fmt: skip
-                self._equal("trades", f"{ticker} {seq}", row, expected)
+                found.update(ids)
+                trade_id, price, qty, side, t = real
+                expected = trade_id, float(price), float(qty), 1 if side == "BUY" else -1, self._time(t)
+                self._equal("trades", f"{ticker} {seq}", names, tuple(mine), expected)
         if not found:
             return
         last = max(truth) if self.to_end else max(found)
@@ -288,7 +346,7 @@ class _Comparison:
         for seq in range(min(found), last + 1):
             if seq not in found and seq in truth:
                 if holes.names_id("trades", ticker, seq) or (
-                    not counted and holes.at_time("trades", ticker, self._time(truth[seq]["t"]))
+                    not counted and holes.at_time("trades", ticker, self._time(truth[seq][-1]))
                 ):
                     self._explained("trades")
                 else:
@@ -296,44 +354,39 @@ class _Comparison:
 
     # Books
 
-    def _book(self, connector: str, ticker: str, rows: list[Row]) -> None:
-        events = self.truth.book_events(ticker, self.stream)
-        lasts = [event["last"] for event in events]
-        books = _Truth(self.truth.start["tickers"][ticker]["book"], events)
-        mine = _Rebuilt(self.snapshot_levels)
+    def _book(self, connector: str, ticker: str, rows: Rows) -> None:
+        events = _Events(self.truth.lines("book", ticker), self.stream)
+        books = _Books(self.truth.start["tickers"][ticker]["book"], events, self.snapshot_levels)
         holes = self._holes_of(connector)
         applied = -1
         unproven: list[int] = []  # ids of messages since the book was last proven
         for message in _messages(rows):
-            update_id, flags = message[0]["update_id"], message[0]["flags"]
-            where = f"{ticker} update {update_id} (seq_id {message[0]['seq_id']})"
-            if not message[-1]["flags"] & LAST or any(row["update_id"] != update_id for row in message):
+            update_id, flags = message.update_id, message.flags
+            where = f"{ticker} update {update_id} (seq_id {message.seq_id})"
+            if not message.whole:
                 self.proof.differ("orderbook_l2", f"{where}: its message is not whole")
+            number = events.ending_at(update_id)
             if flags & SNAPSHOT:
-                self._skipped(ticker, holes, events, lasts, applied, update_id)
-                mine.load(message)
+                self._skipped(ticker, holes, events, applied, update_id)
+                books.load(message.levels)
                 applied, unproven = update_id, []
-                number = bisect_right(lasts, update_id) - 1
-                if (number >= 0 and lasts[number] == update_id) or update_id == books.first:
-                    self._compare(where, mine, books.at(number))
+                if number is not None or update_id == books.first:
+                    self._compare(where, books, -1 if number is None else number)
                 else:
                     self.proof.feeds["orderbook_l2"].equal += 1  # between two events: the next one will show it
                 continue
-            number = bisect_right(lasts, update_id) - 1
-            if number < 0 or lasts[number] != update_id:
+            if number is None:
                 self.proof.differ("orderbook_l2", f"{where}: the exchange published no such event")
                 continue
-            event = events[number]
             if update_id <= applied or update_id in unproven:
                 self.proof.differ("orderbook_l2", f"{where}: is there twice or comes after {applied}")
                 continue
             before = max([applied, *unproven])
-            self._skipped(ticker, holes, events, lasts, before, event["first"] - 1 if number else before)
-            self._levels(where, message, event, None if flags & UNPROVEN else mine)
-            if message[0]["timestamp"] != self._time(event["t"]):
-                self.proof.differ(
-                    "orderbook_l2", f"{where}: timestamp {message[0]['timestamp']} instead of {event['t']}"
-                )
+            self._skipped(ticker, holes, events, before, events.firsts[number] - 1 if number else before)
+            self._levels(where, message, events.levels(number), None if flags & UNPROVEN else books)
+            t = events.times[number]
+            if message.timestamp != self._time(t):
+                self.proof.differ("orderbook_l2", f"{where}: timestamp {message.timestamp} instead of {t}")
             if flags & UNPROVEN:
                 unproven.append(update_id)
                 if not flags & BOOK_INVALID:
@@ -345,53 +398,44 @@ class _Comparison:
             if holes.names_id("orderbook_l2", ticker, update_id):
                 self._explained("orderbook_l2")  # `gaps` doubts it: a loss was found that no id told at once
                 continue
-            bids, asks = books.at(number)
-            crossed = bool(bids and asks and max(bids) >= min(asks))
+            crossed = books.crossed(number)
             if crossed != bool(flags & BOOK_INVALID):
                 says, is_ = ("", "not ") if flags & BOOK_INVALID else ("not ", "")
                 self.proof.differ("orderbook_l2", f"{where}: {says}flagged invalid, but the book is {is_}crossed")
-            self._compare(where, mine, (bids, asks))
-        if self.to_end and lasts:
-            self._skipped(ticker, holes, events, lasts, max([applied, *unproven]), lasts[-1])
+            self._compare(where, books, number)
+        if self.to_end and events.lasts:
+            self._skipped(ticker, holes, events, max([applied, *unproven]), events.lasts[-1])
 
-    def _levels(self, where: str, message: list[Row], event: Mapping[str, Any], mine: "_Rebuilt | None") -> None:
+    def _levels(self, where: str, message: "_Message", expected: list[Level], books: "_Books | None") -> None:
         """The rows of a message are the event's levels, and say truly what each one did to the book, if it has one."""
-        expected = Counter(
-            (side, float(price), float(qty))
-            for side, levels in ((1, event["bids"]), (-1, event["asks"]))
-            for price, qty in levels
-        )
-        found = Counter((row["side"], row["price"], row["qty"]) for row in message)
-        if found != expected:
-            gone, extra = expected - found, found - expected
-            self.proof.differ(
-                "orderbook_l2", f"{where}: levels missing {list(gone)[:3]}, not the exchange's {list(extra)[:3]}"
-            )
-        for row in message:
-            true = mine.apply(row) if mine is not None else "UPDATE" if row["qty"] else "DELETE"
-            if true != row["action"]:
-                self.proof.differ("orderbook_l2", f"{where}: price {row['price']} says {row['action']}, it is {true}")
+        if message.levels != expected:
+            real, found = Counter(expected), Counter(message.levels)
+            gone, extra = real - found, found - real
+            if gone or extra:  # else only their order is another one
+                self.proof.differ(
+                    "orderbook_l2", f"{where}: levels missing {list(gone)[:3]}, not the exchange's {list(extra)[:3]}"
+                )
+        for level, action in zip(message.levels, message.actions, strict=True):
+            true = books.apply(level) if books is not None else "UPDATE" if level[2] else "DELETE"
+            if true != action:
+                self.proof.differ("orderbook_l2", f"{where}: price {level[1]} says {action}, it is {true}")
 
-    def _skipped(
-        self, ticker: str, holes: _Holes, events: Sequence[Row], lasts: Sequence[int], applied: int, upto: int
-    ) -> None:
+    def _skipped(self, ticker: str, holes: _Holes, events: "_Events", applied: int, upto: int) -> None:
         """Account for the events with ids behind `applied` up to `upto`, of which there are no rows."""
         if applied < 0 or upto <= applied:
             return
-        skipped = events[bisect_right(lasts, applied) : bisect_right(lasts, upto)]
+        skipped = bisect_right(events.lasts, upto) - bisect_right(events.lasts, applied)
         if not skipped:
             return
         if holes.overlaps_ids("orderbook_l2", ticker, applied + 1, upto):
-            self.proof.feeds["orderbook_l2"].explained += len(skipped)
+            self.proof.feeds["orderbook_l2"].explained += skipped
         else:
-            text = (
-                f"{ticker}: {len(skipped)} events between {applied} and {upto} are missing and no row of gaps says so"
-            )
+            text = f"{ticker}: {skipped} events between {applied} and {upto} are missing and no row of gaps says so"
             self.proof.differ("orderbook_l2", text)
 
-    def _compare(self, where: str, mine: "_Rebuilt", truth: tuple[Levels, Levels]) -> None:
+    def _compare(self, where: str, books: "_Books", number: int) -> None:
         self.proof.books_checked += 1
-        wrong = mine.differences(truth)
+        wrong = books.differences(number)
         if wrong:
             self.proof.differ("orderbook_l2", f"{where}: the book differs: {'; '.join(wrong[:3])}")
         else:
@@ -399,41 +443,43 @@ class _Comparison:
 
     # Feeds without ids: rows must come in the order of the ledger
 
-    def _bbo(self, connector: str, ticker: str, rows: list[Row]) -> None:
+    def _bbo(self, connector: str, ticker: str, rows: Rows) -> None:
         has_id, has_time = self.dialect.bbo_has_id, self.dialect.bbo_has_time
-
-        def of_row(row: Row) -> tuple[Any, ...]:
-            prices = row["bid_price"], row["bid_qty"], row["ask_price"], row["ask_qty"]
-            return (*prices, row["update_id"] if has_id else None, row["timestamp"] if has_time else None)
-
-        def of_truth(real: Row) -> tuple[Any, ...]:
-            prices = (float(real[k]) for k in ("bid", "bid_qty", "ask", "ask_qty"))
-            return (*prices, real["id"] if has_id else None, self._time(real["t"]) if has_time else None)
-
-        lines = self.truth.rows("bbo", ticker)
-        truth = [(of_truth(real), real["t"]) for real in lines]
-        greetings = {of_truth(real) for real in lines if real.get("greeting")}
-        self._in_order("bbo", connector, ticker, [(of_row(row), row) for row in rows], truth, greetings)
+        truth: list[tuple[Key, int]] = []
+        greetings: set[Key] = set()
+        words = "bid", "bid_qty", "ask", "ask_qty"
+        for greeting, number, t, *prices in self.truth.lines("bbo", ticker).values("greeting", "id", "t", *words):
+            key = (*map(float, prices), number if has_id else None, self._time(t) if has_time else None)
+            truth.append((key, t))
+            if greeting:
+                greetings.add(key)
+        columns = [rows.column(name) for name in ("bid_price", "bid_qty", "ask_price", "ask_qty")]
+        columns += [
+            rows.column(name) if told else [None] * len(rows)
+            for name, told in (("update_id", has_id), ("timestamp", has_time))
+        ]
+        mine = list(zip(zip(*columns, strict=True), rows.column("seq_id"), strict=True))
+        self._in_order("bbo", connector, ticker, mine, truth, greetings)
         if not has_time:
             self._times_local("bbo", ticker, rows)
 
-    def _tickers(self, connector: str, ticker: str, rows: list[Row]) -> None:
+    def _tickers(self, connector: str, ticker: str, rows: Rows) -> None:
         words = self.dialect.ticker_words
 
         def numbers(data: Mapping[str, Any]) -> tuple[float | None, ...]:
             return tuple(_number(data, word) for word in words.values())
 
-        def of_truth(real: Row) -> tuple[Any, ...]:
+        def of_truth(real: Row) -> Key:
             return (self._time(real["t"]), *numbers(real["data"]))
 
-        def of_row(row: Row) -> tuple[Any, ...]:
+        def of_row(row: Row) -> Key:
             return (row["timestamp"], *(None if row[c] is None or row[c] != row[c] else row[c] for c in words))
 
         lines = self.truth.rows("ticker", ticker)
         truth = [(of_truth(real), real["t"]) for real in lines if real.get("stream", self.stream) == self.stream]
         # What a new subscriber is told at once belongs to no timer of the exchange.
         greetings = Counter(of_truth(real) for real in self.truth.rows("first_ticker", ticker))
-        mine: list[tuple[tuple[Any, ...], Row]] = []
+        mine: list[tuple[Key, int]] = []
         in_order = {key for key, _ in truth}
         for row in rows:
             key = of_row(row)
@@ -441,53 +487,56 @@ class _Comparison:
                 greetings[key] -= 1
                 self.proof.feeds["tickers"].equal += 1
             else:
-                mine.append((key, row))
+                mine.append((key, row["seq_id"]))
         self._in_order("tickers", connector, ticker, mine, truth)
 
-    def _candles(self, connector: str, ticker: str, rows: list[Row]) -> None:
+    def _candles(self, connector: str, ticker: str, rows: Rows) -> None:
         has_time, counts = self.dialect.candle_has_time, self.dialect.candle_counts_trades
 
-        def of_truth(real: Row) -> tuple[Any, ...]:
+        def of_truth(real: Row) -> Key:
             ohlcv = (None if real[k] is None else float(real[k]) for k in ("open", "high", "low", "close", "volume"))
             times = real["open_time"], self._time(real["t"]) if has_time else None
             return (*times, *ohlcv, real["trades"] if counts else None)
 
-        def of_row(row: Row) -> tuple[Any, ...]:
+        def of_row(row: Row) -> Key:
             times = row["open_time"], row["timestamp"] if has_time else None
             return (*times, *(row[k] for k in ("open", "high", "low", "close", "volume")), row["trades"])
 
+        every_row = list(rows)
         for interval in self.intervals:
             name = self.dialect.intervals.get(interval, interval)
             truth = [real for real in self.truth.rows("candle", ticker) if real["interval"] == name]
-            mine = [row for row in rows if row["interval"] == interval]
+            mine = [row for row in every_row if row["interval"] == interval]
             if self.dialect.polled:
                 self._polled_candles(f"{ticker} {interval}", mine, truth, of_row, of_truth)
                 continue
+            done = [(of_row(row), row["seq_id"]) for row in mine if row["closed"]]
+            not_done = [(of_row(row), row["seq_id"]) for row in mine if not row["closed"]]
             closed = [(of_truth(real), real["t"]) for real in truth if real["closed"]]
             if counts or self.dialect.candle_says_closed:
                 opened = [(of_truth(real), real["t"]) for real in truth if not real["closed"]]
-                self._in_order("candles", connector, ticker, [(of_row(r), r) for r in mine if not r["closed"]], opened)
-                self._in_order("candles", connector, ticker, [(of_row(r), r) for r in mine if r["closed"]], closed)
+                self._in_order("candles", connector, ticker, not_done, opened)
+                self._in_order("candles", connector, ticker, done, closed)
                 continue
             every = [(of_truth(real), real["t"]) for real in truth]
-            self._in_order("candles", connector, ticker, [(of_row(r), r) for r in mine if not r["closed"]], every)
+            self._in_order("candles", connector, ticker, not_done, every)
             finals = {key for key, _ in closed}
             for row in (row for row in mine if row["closed"]):
                 if of_row(row) not in finals:
                     self.proof.differ(
                         "candles", f"{ticker} {interval} {row['open_time']}: said to be closed, it is not"
                     )
-        others = {row["interval"] for row in rows} - set(self.intervals)
+        others = set(rows.column("interval")) - set(self.intervals)
         if others:
             self.proof.differ("candles", f"{ticker}: unexpected intervals {sorted(others)}")
 
-    def _liquidations(self, connector: str, ticker: str, rows: list[Row]) -> None:
-        def of_truth(real: Row) -> tuple[Any, ...]:
+    def _liquidations(self, connector: str, ticker: str, rows: Rows) -> None:
+        def of_truth(real: Row) -> Key:
             side = 1 if real["side"] == "BUY" else -1
             return self._time(real["t"]), side, float(real["price"]), float(real["qty"])
 
         truth = [(of_truth(real), real["t"]) for real in self.truth.rows("liquidation", ticker)]
-        mine = [((row["timestamp"], row["side"], row["price"], row["qty"]), row) for row in rows]
+        mine = list(zip(rows.values("timestamp", "side", "price", "qty"), rows.column("seq_id"), strict=True))
         self._in_order("liquidations", connector, ticker, mine, truth)
 
     def _polled_candles(
@@ -495,8 +544,8 @@ class _Comparison:
         where: str,
         rows: Sequence[Row],
         truth: Sequence[Row],
-        of_row: Callable[[Row], tuple[Any, ...]],
-        of_truth: Callable[[Row], tuple[Any, ...]],
+        of_row: Callable[[Row], Key],
+        of_truth: Callable[[Row], Key],
     ) -> None:
         """Of each candle some versions in the exchange's order; of those that are closed each one, and the last version."""
         real_of, mine_of = defaultdict[int, list[Row]](list), defaultdict[int, list[Row]](list)
@@ -522,37 +571,37 @@ class _Comparison:
             if last is not None and not (mine and mine[-1]["closed"] and of_row(mine[-1]) == of_truth(last)):
                 self.proof.differ("candles", f"{where} {open_time}: its closed version is missing, or not the last one")
 
-    def _times_local(self, feed: str, ticker: str, rows: Sequence[Row]) -> None:
-        for row in rows:
-            if row["timestamp"] != row["rcv_timestamp"] or not row["flags"] & TIME_LOCAL:
-                self.proof.differ(feed, f"{ticker} seq_id {row['seq_id']}: the exchange gave no time, the row says one")
+    def _times_local(self, feed: str, ticker: str, rows: Rows) -> None:
+        for seq_id, time, rcv_time, flags in rows.values("seq_id", "timestamp", "rcv_timestamp", "flags"):
+            if time != rcv_time or not flags & TIME_LOCAL:
+                self.proof.differ(feed, f"{ticker} seq_id {seq_id}: the exchange gave no time, the row says one")
 
     def _in_order(
         self,
         feed: str,
         connector: str,
         ticker: str,
-        rows: Sequence[tuple[tuple[Any, ...], Row]],
-        truth: Sequence[tuple[tuple[Any, ...], int]],
-        greetings: Set[tuple[Any, ...]] = frozenset(),
+        rows: Sequence[tuple[Key, int]],
+        truth: Sequence[tuple[Key, int]],
+        greetings: Set[Key] = frozenset(),
     ) -> None:
-        """Rows are a subsequence of the truth; what lies between two of them and is missing has a hole to lie in.
+        """Rows, keys with their seq_id, are a subsequence of the truth, keys with the exchange's time; what lies between two of them and is missing has a hole to lie in.
 
         `greetings` repeat what was known, to one client that has just come; the others never see them.
         """
-        places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        places: dict[Key, list[int]] = defaultdict(list)
         for place, (key, _) in enumerate(truth):
             places[key].append(place)
         holes, reached = self._holes_of(connector), -1
-        for key, row in rows:
+        for key, seq_id in rows:
             known = places.get(key, [])
             behind = bisect_right(known, reached)
             if behind == len(known):
                 why = "is there twice or out of order" if known else "is not the exchange's"
-                self.proof.differ(feed, f"{ticker} seq_id {row['seq_id']} {key}: {why}")
+                self.proof.differ(feed, f"{ticker} seq_id {seq_id} {key}: {why}")
                 continue
             place = known[behind]
-            if reached >= 0 and not self.dialect.polled:
+            if 0 <= reached < place - 1 and not self.dialect.polled:
                 self._between(
                     feed, ticker, holes, [line for line in truth[reached + 1 : place] if line[0] not in greetings]
                 )
@@ -561,7 +610,7 @@ class _Comparison:
         if self.to_end and rows and not self.dialect.polled:
             self._between(feed, ticker, holes, [line for line in truth[reached + 1 :] if line[0] not in greetings])
 
-    def _between(self, feed: str, ticker: str, holes: _Holes, missing: Sequence[tuple[tuple[Any, ...], int]]) -> None:
+    def _between(self, feed: str, ticker: str, holes: _Holes, missing: Sequence[tuple[Key, int]]) -> None:
         for key, t in missing:
             if holes.at_time(feed, ticker, t):
                 self._explained(feed)
@@ -572,7 +621,7 @@ class _Comparison:
 
     def rings(self, rings: Path, feed: str) -> None:
         """Tables hold the rows that the rings published: all numbers of them, and equal where a ring still has them."""
-        tables = load_rows(self.out, feed, self.exchange)
+        tables = _load(self.out, feed, self.exchange)
         for path in sorted(rings.glob(f"*/{feed}.meta")):
             with RingReader(path.parent, feed) as ring:
                 if ring.exchange != self.exchange:
@@ -581,118 +630,201 @@ class _Comparison:
                 batches = [ring.read()]
                 while len(batches[-1]):
                     batches.append(ring.read())
-                stored, published = tables.get(ring.connector, []), ring.published
-                if len(stored) != published:
-                    self.proof.differ(
-                        feed, f"{ring.connector}: {published} rows published, {len(stored)} in the tables"
-                    )
+                stored, published = tables.get(ring.connector), ring.published
+                found = len(stored or ())
+                if found != published:
+                    self.proof.differ(feed, f"{ring.connector}: {published} rows published, {found} in the tables")
                     continue
                 for batch in batches:
-                    if len(batch):
+                    if stored and len(batch):
                         first = int(batch["seq_id"][0])
-                        self._ring_rows(ring, batch, stored[first : first + len(batch)])
+                        self._ring_rows(ring, batch, stored.slice(first, first + len(batch)))
 
-    def _ring_rows(self, ring: RingReader, batch: np.ndarray[Any, Any], stored: Sequence[Row]) -> None:
-        names = ring.names(batch)
+    def _ring_rows(self, ring: RingReader, batch: np.ndarray[Any, Any], stored: Rows) -> None:
         action = {1: "NEW", 2: "UPDATE", 3: "DELETE"}
-        columns: dict[str, list[Any]] = {}
+        wrong = defaultdict[int, list[str]](list)  # row -> columns
         for name in batch.dtype.names or ():
-            values = batch[name].tolist()
+            values = batch[name][: len(stored)]
+            texts: list[Any] | None = None
             if name == "ticker":
-                values = names.tolist()
+                texts = ring.names(batch).tolist()
             elif name == "exchange":
-                values = [self.exchange] * len(batch)
+                texts = [self.exchange] * len(batch)
             elif name == "action":
-                values = [action[value] for value in values]
+                texts = [action[value] for value in values.tolist()]
             elif name == "trade_id":
                 seqs = batch["trade_seq"].tolist()
-                values = [v.decode() or str(seq) for v, seq in zip(values, seqs, strict=True)]
-            elif batch.dtype[name].kind == "S":
-                values = [value.decode() for value in values]
-            columns[name] = values
-        for number, row in enumerate(stored):
-            wrong = [n for n, values in columns.items() if not _same_in_ring(row[n], values[number])]
-            if wrong:
-                self.proof.differ(
-                    ring.feed.name, f"{ring.connector} seq_id {row['seq_id']}: {', '.join(wrong)} not as in the ring"
-                )
+                texts = [v.decode() or str(seq) for v, seq in zip(values.tolist(), seqs, strict=False)]
+            elif values.dtype.kind == "S":
+                texts = [value.decode() for value in values.tolist()]
+            if texts is not None:
+                same = np.fromiter(map(eq, stored.column(name), texts), bool, len(stored))
+            else:
+                same = _same_in_ring(*stored.numbers(name), values)
+            for number in np.flatnonzero(~same).tolist():
+                wrong[number].append(name)
+        seq_ids = stored.numbers("seq_id")[0]
+        for number, names in sorted(wrong.items()):
+            self.proof.differ(
+                ring.feed.name, f"{ring.connector} seq_id {seq_ids[number]}: {', '.join(names)} not as in the ring"
+            )
 
 
-class _Truth:
-    """The exchange's book after each depth event; asked for in rising order."""
+class _Events:
+    """The depth events of one ticker and speed."""
 
-    def __init__(self, first: Mapping[str, Any], events: Sequence[Row]) -> None:
+    def __init__(self, lines: Lines, stream: str) -> None:
+        self._lines = lines
+        self._places, self.firsts, self.lasts, self.times = array("q"), array("q"), array("q"), array("q")
+        for place, (name, first, last, t) in enumerate(lines.values("stream", "first", "last", "t")):
+            if name == stream:
+                self._places.append(place)
+                self.firsts.append(first)
+                self.lasts.append(last)
+                self.times.append(t)
+        self._latest: tuple[int, list[Level]] = (-1, [])
+
+    def ending_at(self, update_id: int) -> int | None:
+        """The event with this last id."""
+        number = bisect_right(self.lasts, update_id) - 1
+        return number if number >= 0 and self.lasts[number] == update_id else None
+
+    def levels(self, number: int) -> list[Level]:
+        if number != self._latest[0]:  # it is asked for twice: for the message, and for the book behind it
+            self._latest = number, _levels(self._lines[self._places[number]])
+        return self._latest[1]
+
+
+def _levels(line: Mapping[str, Any]) -> list[Level]:
+    bids = [(1, float(price), float(qty)) for price, qty in line["bids"]]
+    return bids + [(-1, float(price), float(qty)) for price, qty in line["asks"]]
+
+
+class _Books:
+    """The exchange's book and the one that a reader of the tables makes from rows alone, side by side.
+
+    Which prices differ is known at any time, for only a price that is touched can begin or cease to.
+    """
+
+    def __init__(self, first: Mapping[str, Any], events: _Events, snapshot_levels: int) -> None:
         self.first = first["last"]
-        self._sides: tuple[Levels, Levels] = tuple({float(p): float(q) for p, q in first[s]} for s in ("bids", "asks"))  # type: ignore[assignment]
-        self._events, self._done = events, -1
-
-    def at(self, number: int) -> tuple[Levels, Levels]:
-        """The book after event `number`, -1 for the first one."""
-        while self._done < number:
-            self._done += 1
-            event = self._events[self._done]
-            for side, levels in zip(self._sides, (event["bids"], event["asks"]), strict=True):
-                for price, qty in levels:
-                    if float(qty):
-                        side[float(price)] = float(qty)
-                    else:
-                        side.pop(float(price), None)
-        return self._sides
-
-
-class _Rebuilt:
-    """A book made from rows alone, as a reader of the tables makes it."""
-
-    def __init__(self, snapshot_levels: int) -> None:
-        self.sides: dict[int, Levels] = {1: {}, -1: {}}
+        self._events, self._done = events, -1  # the real book is the one behind event `_done`
+        self._real: dict[int, dict[float, float]] = {1: {}, -1: {}}
+        for side, price, qty in _levels(first):
+            self._real[side][price] = qty
+        self._best: dict[int, float | None] = {1: None, -1: None}  # of the real book, None = to be looked for
+        self._mine: dict[int, dict[float, float]] = {1: {}, -1: {}}
+        self._unequal: dict[int, set[float]] = {side: set(levels) for side, levels in self._real.items()}
         self._whole_below = snapshot_levels
         self._horizon: dict[int, float] = {}  # side -> worst price that the snapshot could show
 
-    def load(self, message: Sequence[Row]) -> None:
-        self.sides = {1: {}, -1: {}}
-        for row in message:
-            self.sides[row["side"]][row["price"]] = row["qty"]
+    def load(self, levels: Iterable[Level]) -> None:
+        """Begin anew with a snapshot."""
+        self._mine = {1: {}, -1: {}}
+        for side, price, qty in levels:
+            self._mine[side][price] = qty
         self._horizon = {}
-        for side, levels in self.sides.items():
-            if self._whole_below and len(levels) >= self._whole_below:
-                self._horizon[side] = min(levels) if side == 1 else max(levels)
+        for side, mine in self._mine.items():
+            if self._whole_below and len(mine) >= self._whole_below:
+                self._horizon[side] = min(mine) if side == 1 else max(mine)
+            real = self._real[side]
+            self._unequal[side] = {price for price in mine.keys() | real.keys() if mine.get(price) != real.get(price)}
 
-    def apply(self, row: Row) -> str:
-        """Apply a level; what it did."""
-        side, price = self.sides[row["side"]], row["price"]
-        if not row["qty"]:
-            side.pop(price, None)
-            return "DELETE"
-        known = price in side
-        side[price] = row["qty"]
-        return "UPDATE" if known else "NEW"
+    def apply(self, level: Level) -> str:
+        """Apply a row; what it did."""
+        side, price, qty = level
+        mine = self._mine[side]
+        known = price in mine
+        if qty:
+            mine[price] = qty
+        else:
+            mine.pop(price, None)
+        self._touch(side, price)
+        return "DELETE" if not qty else "UPDATE" if known else "NEW"
 
-    def differences(self, truth: tuple[Levels, Levels]) -> list[str]:
+    def _touch(self, side: int, price: float) -> None:
+        if self._mine[side].get(price) == self._real[side].get(price):
+            self._unequal[side].discard(price)
+        else:
+            self._unequal[side].add(price)
+
+    def _advance(self, number: int) -> None:
+        """Bring the real book behind event `number`, -1 for the first one; asked for in rising order."""
+        while self._done < number:
+            self._done += 1
+            for side, price, qty in self._events.levels(self._done):
+                real, best = self._real[side], self._best[side]
+                if qty:
+                    real[price] = qty
+                    if best is not None and (price - best) * side > 0:
+                        self._best[side] = price
+                else:
+                    real.pop(price, None)
+                    if price == best:
+                        self._best[side] = None
+                self._touch(side, price)
+
+    def crossed(self, number: int) -> bool:
+        """Whether the exchange's book is, after event `number`."""
+        self._advance(number)
+        bids, asks = self._real[1], self._real[-1]
+        if not (bids and asks):
+            return False
+        bid, ask = self._best[1], self._best[-1]
+        if bid is None:
+            bid = self._best[1] = max(bids)
+        if ask is None:
+            ask = self._best[-1] = min(asks)
+        return bid >= ask
+
+    def differences(self, number: int) -> list[str]:
+        """What differs from the exchange's book after event `number`."""
+        self._advance(number)
         wrong: list[str] = []
-        for side, real in ((1, truth[0]), (-1, truth[1])):
-            mine = self.sides[side]
-            if mine == real:
-                continue
-            horizon = self._horizon.get(side)
-            for price in sorted(mine.keys() | real.keys()):
+        for side, unequal in self._unequal.items():
+            mine, real, horizon = self._mine[side], self._real[side], self._horizon.get(side)
+            for price in sorted(unequal) if unequal else ():
                 beyond = horizon is not None and (price < horizon if side == 1 else price > horizon)
-                if mine.get(price) != real.get(price) and not (beyond and price not in mine):
+                if not (beyond and price not in mine):
                     wrong.append(
                         f"{'bid' if side == 1 else 'ask'} {price}: {mine.get(price)} instead of {real.get(price)}"
                     )
         return wrong
 
 
-def _messages(rows: Sequence[Row]) -> Iterator[list[Row]]:
+class _Message(NamedTuple):
+    """The rows of one exchange message."""
+
+    seq_id: int  # this, its id, flags and time are those of the first row
+    update_id: int
+    flags: int
+    timestamp: int
+    whole: bool  # the last row says that it is, and all have the same id
+    levels: list[Level]
+    actions: list[str]
+
+
+def _messages(rows: Rows) -> Iterator[_Message]:
     """Rows of one ticker as exchange messages: each ends with a row flagged LAST."""
-    message: list[Row] = []
-    for row in rows:
-        message.append(row)
-        if row["flags"] & LAST:
-            yield message
-            message = []
-    if message:
-        yield message
+    stops = np.flatnonzero(rows.numbers("flags")[0] & LAST) + 1
+    if len(rows) and (not len(stops) or stops[-1] != len(rows)):
+        stops = np.append(stops, len(rows))
+    start = 0
+    while start < len(rows):  # whole messages of about so many rows
+        after = int(np.searchsorted(stops, start + BATCH_ROWS, side="right"))
+        here = stops[np.searchsorted(stops, start, side="right") : after]
+        if not len(here):
+            here = stops[after : after + 1]
+        part = rows.slice(start, int(here[-1]))
+        names = "seq_id", "update_id", "flags", "timestamp", "action"
+        seq_ids, ids, flags, times, actions = (part.column(name) for name in names)
+        levels = list(part.values("side", "price", "qty"))
+        low = 0
+        for high in (here - start).tolist():
+            whole = bool(flags[high - 1] & LAST) and ids[low:high].count(ids[low]) == high - low
+            yield _Message(seq_ids[low], ids[low], flags[low], times[low], whole, levels[low:high], actions[low:high])
+            low = high
+        start = int(here[-1])
 
 
 def _number(data: Mapping[str, Any], word: str) -> float | None:
@@ -702,14 +834,12 @@ def _number(data: Mapping[str, Any], word: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _same(found: Any, expected: Any) -> bool:
-    return bool(found == expected)
-
-
-def _same_in_ring(stored: Any, ring: Any) -> bool:
+def _same_in_ring(
+    stored: np.ndarray[Any, Any], nulls: np.ndarray[Any, Any], ring: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
     """A null of the table is -1 or NaN in the ring; booleans are bytes there."""
-    if stored is None:
-        return bool(ring == -1 or ring != ring)
-    if isinstance(stored, float) and stored != stored:
-        return bool(ring != ring)
-    return bool(stored == ring)
+    nothing = ring != ring  # NaN
+    same: np.ndarray[Any, Any] = np.where(
+        nulls, nothing | (ring == -1), (stored == ring) | (nothing & (stored != stored))
+    )
+    return same

@@ -23,12 +23,17 @@ Kinds of lines, each with `t` in microseconds of the exchange's clock:
 """
 
 import json
+import mmap
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
+
+import msgspec
 
 from mdcollector.errors import StorageError
 
@@ -113,8 +118,47 @@ class LedgerWriter:
                 raise self._unwritable(error) from error
 
 
+class Lines:
+    """Lines of one kind and ticker in the order in which they happened, each decoded when it is asked for.
+
+    Only where they begin is held in memory: the ledger of a long run is larger than what a machine has.
+    """
+
+    def __init__(self, file: mmap.mmap | bytes) -> None:
+        self._file = file
+        self._starts = array("Q")
+
+    def append(self, start: int) -> None:
+        self._starts.append(start)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        line: dict[str, Any] = msgspec.json.decode(self._text(self._starts[number]))
+        return line
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def values(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """These values of every line, None where it has none: far less work than whole lines, at least two names."""
+        decode = msgspec.json.Decoder(msgspec.defstruct("Line", [(name, Any, None) for name in names], gc=False)).decode
+        take = attrgetter(*names)
+        for start in self._starts:
+            yield take(decode(self._text(start)))
+
+    def _text(self, start: int) -> bytes:
+        return self._file[start : self._file.find(b"\n", start)]
+
+
+class _Head(msgspec.Struct, gc=False):
+    kind: str
+    ticker: str = ""
+
+
 class Ledger:
-    """A ledger in memory.
+    """A ledger: what is rare in memory, the lines of frequent kinds in the file until they are asked for.
 
     Opened on a ledger that is still being written it holds the whole lines up to that moment; `end` is then None.
     """
@@ -124,17 +168,22 @@ class Ledger:
         self.end: dict[str, Any] | None = None
         self.faults: list[dict[str, Any]] = []
         self.connections: list[dict[str, Any]] = []
-        self._by_kind: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                if not line.endswith("\n"):
-                    break  # the last line of a ledger that is still being written
-                self._take(json.loads(line))
+        with open(path, "rb") as file:
+            empty = not file.seek(0, 2)
+            self._file = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._lines: dict[tuple[str, str], Lines] = defaultdict(lambda: Lines(self._file))
+        decode, at = msgspec.json.Decoder(_Head).decode, 0
+        while (end := self._file.find(b"\n", at)) >= 0:  # without one: the last line, that is still being written
+            head = decode(self._file[at:end])
+            if head.kind in ("start", "end", "fault", "conn", "listing"):
+                self._take(head.kind, msgspec.json.decode(self._file[at:end]))
+            else:
+                self._lines[head.kind, head.ticker].append(at)
+            at = end + 1
         if not self.start:
             raise ValueError(f"{path}: not a ledger: no line of kind start")
 
-    def _take(self, row: dict[str, Any]) -> None:
-        kind = row["kind"]
+    def _take(self, kind: str, row: dict[str, Any]) -> None:
         if kind == "start":
             self.start = row
         elif kind == "end":
@@ -143,18 +192,20 @@ class Ledger:
             self.faults.append(row)
         elif kind == "conn":
             self.connections.append(row)
-        elif kind == "listing":
-            self.start["tickers"][row["ticker"]] = row["instrument"]
         else:
-            self._by_kind[kind, row.get("ticker", "")].append(row)
+            self.start["tickers"][row["ticker"]] = row["instrument"]
 
     @property
     def tickers(self) -> list[str]:
         return list(self.start["tickers"])
 
+    def lines(self, kind: str, ticker: str) -> Lines:
+        """Lines of a kind for a ticker, not yet decoded."""
+        return self._lines.get((kind, ticker)) or Lines(self._file)
+
     def rows(self, kind: str, ticker: str) -> list[dict[str, Any]]:
-        """All lines of a kind for a ticker, in the order in which they happened."""
-        return self._by_kind.get((kind, ticker), [])
+        """All lines of a kind for a ticker, in the order in which they happened; decoded anew each time."""
+        return list(self.lines(kind, ticker))
 
     def trades(self, ticker: str) -> dict[str, dict[str, Any]]:
         """Trades by id, in order."""
@@ -224,8 +275,8 @@ class Ledger:
     def totals(self) -> dict[str, dict[str, int]]:
         """Lines that were read: kind -> ticker -> number."""
         totals: dict[str, dict[str, int]] = defaultdict(dict)
-        for (kind, ticker), rows in sorted(self._by_kind.items()):
-            totals[kind][ticker] = len(rows)
+        for (kind, ticker), lines in sorted(self._lines.items()):
+            totals[kind][ticker] = len(lines)
         return dict(totals)
 
     def faults_fired(self) -> Counter[str]:
