@@ -8,6 +8,7 @@ Exit code 0 only then.
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, RingError
 from mdcollector.exchanges import venue_class
 from mdcollector.options import Finite
 from mdcollector.stats import read_stats
-from tools.proof import prove
+from tools.proof import Proof, prove
 from tools.sim.process import SimError, SimProcess
 
 SEEN_S = 5.0  # a fault must be visible within it
@@ -41,7 +43,9 @@ START_S, STOP_S = 60.0, 180.0
 SETTLE_S = 60.0  # at the end: everything that is being repaired is repaired within it
 MEMORY_GROWTH_MOST = 0.15  # of a process, from a third of the run to its end
 MEMORY_GROWTH_BYTES = 16 << 20  # and at least so much: small processes breathe
-DISK_BYTES = 512 << 20  # tmpfs of the tables, which is filled by a fault
+DISK_BYTES = 512 << 20, 2560 << 20  # tmpfs of the tables, which is filled by a fault: at least, and at most
+ACTION_BYTES = 100  # that the tables take at most for one action of a market
+BALLAST_SPARE = 16 << 20  # what is filled by writing: the writers write meanwhile
 DISK_FULL_S = 4.0
 QUIET_S = 8.0  # before the end no more faults, so that all can be over
 HTTP_S = 5.0
@@ -91,10 +95,10 @@ class Alerted:
 
 
 @contextlib.contextmanager
-def small_disk(path: Path) -> Iterator[bool]:
+def small_disk(path: Path, size: int) -> Iterator[bool]:
     """A tmpfs for the tables where this user may mount one; else a plain directory, and no full disk."""
     path.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "mdcollector-soak", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "mdcollector-soak", str(path)]
     own = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0  # noqa: S603
     try:
         yield own
@@ -230,6 +234,11 @@ class Soak:
 
         def fill() -> None:
             with contextlib.suppress(OSError), open(ballast, "wb") as file:  # ENOSPC is what is wanted
+                free = shutil.disk_usage(ballast.parent).free - BALLAST_SPARE
+                if free > 0:
+                    with contextlib.suppress(OSError):  # the writers were faster: all of it is filled by writing
+                        os.posix_fallocate(file.fileno(), 0, free)
+                file.seek(0, os.SEEK_END)
                 while True:
                     file.write(bytes(1 << 20))
 
@@ -260,7 +269,9 @@ class Soak:
 
     def run(self) -> bool:
         self.start_exchanges()
-        with small_disk(self.out / "data") as self._disk_is_small:
+        actions = self.seconds * self._rate * sum(len(sim.tickers) for sim in self.sims.values())
+        size = min(max(DISK_BYTES[0], int(actions * ACTION_BYTES)), DISK_BYTES[1])
+        with small_disk(self.out / "data", size) as self._disk_is_small:
             return asyncio.run(self._run())
 
     async def _run(self) -> bool:
@@ -332,10 +343,7 @@ class Soak:
             if not seen.in_time:
                 self.problems.append(f"{seen.fault}: not seen everywhere within {SEEN_S:g} s: {_shown(seen)}")
         self.console.print(table)
-        for exchange, sim in self.sims.items():
-            assert sim.ledger_path is not None
-            feeds = [f for f in venue_class(exchange).FEEDS if f not in ("candles", "liquidations")]
-            proof = prove(sim.ledger_path, self.out / "data", self.out / "rings", exchange, feeds=feeds)
+        for exchange, proof in self._proofs():
             counts = ", ".join(f"{feed} {count:,}" for feed, count in proof.compared.items())
             verdict = "[green]proven[/green]" if proof.ok else "[red]NOT proven[/red]"
             self.console.print(f"{exchange}: ledger = rings = Parquet {verdict}: {counts}")
@@ -347,12 +355,23 @@ class Soak:
             self.console.print(problem, style="red", markup=False)
         return not self.problems
 
+    def _proofs(self) -> Iterator[tuple[str, Proof]]:
+        """Each venue's, by a process of its own: as many at a time as there are cores, and its memory goes with it."""
+        workers, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+            yield from zip(self.sims, pool.map(_prove, [self.out] * len(self.sims), self.sims), strict=True)
+
     def _look_at_memory(self, name: str, sizes: list[tuple[float, int]]) -> None:
         if len(sizes) < 3:
             return
         early, late = sizes[len(sizes) // 3][1], sizes[-1][1]
         if late - early > max(MEMORY_GROWTH_BYTES, MEMORY_GROWTH_MOST * early):
             self.problems.append(f"{name}: memory grew from {early >> 20} to {late >> 20} MiB")
+
+
+def _prove(out: Path, exchange: str) -> Proof:
+    feeds = [f for f in venue_class(exchange).FEEDS if f not in ("candles", "liquidations")]
+    return prove(out / "ledgers" / f"{exchange}.jsonl", out / "data", out / "rings", exchange, feeds=feeds)
 
 
 def until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
