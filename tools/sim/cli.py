@@ -145,6 +145,13 @@ def _print(line: dict[str, Any]) -> None:
     show_default=True,
     help="Price levels a side that a book starts with.",
 )
+@click.option(
+    "--near",
+    type=Finite(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of orders at the best price, beside those that are there anyway: more messages for as many actions.",
+)
 @click.option("--epoch", type=int, help="Exchange time at the start in us; default: now. Fixed, runs are repeatable.")
 @click.option("--hold", is_flag=True, help="The market stands still until POST /_sim/resume.")
 @click.option("--fault", "faults", multiple=True, metavar="NAME[:KEY=VALUE,...]", help="See the list below.")
@@ -163,6 +170,7 @@ def main(
     events: int | None,
     ledger: Path | None,
     depth: int,
+    near: float,
     epoch: int | None,
     hold: bool,
     faults: tuple[str, ...],
@@ -192,6 +200,7 @@ def main(
         events=math.inf if events is None else events,
         ledger=ledger,
         depth=depth,
+        near=near,
         epoch_us=epoch,
         hold=hold,
         faults=faults,

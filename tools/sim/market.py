@@ -70,11 +70,12 @@ class Book:
     """The limit order book of one ticker: orders in time priority per price."""
 
     def __init__(
-        self, instrument: Instrument, rng: Random, depth: int, first_update_id: int, first_trade_id: int
+        self, instrument: Instrument, rng: Random, depth: int, near: float, first_update_id: int, first_trade_id: int
     ) -> None:
         self.instrument = instrument
         self.rng = rng
         self.depth = depth
+        self.near = near
         self.update_id = first_update_id
         self.engine_id = 0  # engine id of the last change, set by Market
         self.trade_id = first_trade_id
@@ -134,12 +135,18 @@ class Book:
         prices = self.prices[side]
         del prices[bisect_left(prices, price)]
 
+    def _at_best(self) -> bool:
+        """Whether this participant looks at the best price only; draws nothing where none does."""
+        return self.near > 0 and self.rng.random() < self.near
+
     def _cancel(self) -> Change:
         """Cancel one order; more often near the best price, and the farthest when a side has grown too long."""
         side = self.rng.randrange(2)
         prices = self.prices[side]
         if len(prices) > 2 * self.depth:
             index = len(prices) - 1
+        elif self._at_best():
+            index = 0
         else:
             index = min(int(self.rng.expovariate(0.12)), len(prices) - 1)
         price = prices[-1 - index] if side == BID else prices[index]
@@ -154,7 +161,7 @@ class Book:
     def _limit(self, side: int) -> Change:
         """Add one passive order: inside the spread, at the best price, or some ticks behind it."""
         rng, (bid, _), (ask, _) = self.rng, self.best(BID), self.best(ASK)
-        draw = rng.random()
+        draw = rng.random() / 2 if self._at_best() else rng.random()
         if draw < 0.25 and ask - bid > 1:
             behind = -rng.randint(1, ask - bid - 1)
         elif draw < 0.5:
@@ -238,13 +245,27 @@ class Candle:
             self.buy_lots += trade.lots
             self.buy_value += trade.price * trade.lots
 
+    def join(self, later: "Candle") -> None:
+        """Add all trades of another candle, which came after those of this one."""
+        if not self.trades:
+            self.first_id, self.open, self.high, self.low = later.first_id, later.open, later.high, later.low
+        self.high, self.low, self.close = max(self.high, later.high), min(self.low, later.low), later.close
+        self.last_id = later.last_id
+        self.trades += later.trades
+        self.lots += later.lots
+        self.value += later.value
+        self.coins += later.coins
+        self.buy_lots += later.buy_lots
+        self.buy_value += later.buy_value
+
 
 class Candles:
     """The candles of one ticker in every interval that the venue has; an interval is a length in microseconds."""
 
     def __init__(self, intervals: dict[str, int], t: int, price: int) -> None:
         self.intervals = intervals
-        self.open = {name: self._new(length, t, price) for name, length in intervals.items()}
+        self._open = {name: self._new(length, t, price) for name, length in intervals.items()}
+        self._newest = Candle(t, t, price, price, price, price)  # trades that are not in the open candles yet
         self.closed: dict[str, deque[Candle]] = {name: deque(maxlen=CANDLES_KEPT) for name in intervals}
 
     @staticmethod
@@ -253,15 +274,25 @@ class Candles:
         return Candle(start, start + length, price, price, price, price)
 
     def add(self, trade: Trade) -> None:
-        for candle in self.open.values():
-            candle.add(trade)
+        self._newest.add(trade)
+
+    @property
+    def open(self) -> dict[str, Candle]:
+        """The candle of each interval that trades go into now."""
+        newest = self._newest
+        if newest.trades:
+            for candle in self._open.values():
+                candle.join(newest)
+            self._newest = Candle(newest.start, newest.end, *(newest.close,) * 4)
+        return self._open
 
     def roll(self, t: int) -> Iterator[tuple[str, Candle]]:
         """Close every candle that ends at or before `t`; an interval without trades repeats the last price."""
+        open_ = self.open
         for name, length in self.intervals.items():
-            while (candle := self.open[name]).end <= t:
+            while (candle := open_[name]).end <= t:
                 self.closed[name].append(candle)
-                self.open[name] = self._new(length, candle.end, candle.close)
+                open_[name] = self._new(length, candle.end, candle.close)
                 yield name, candle
 
 
@@ -272,9 +303,10 @@ class Market:
     """
 
     def __init__(
-        self, seed: int, instruments: list[Instrument], rate: float, depth: int, intervals: dict[str, int], t: int
-    ) -> None:
-        self.seed, self.rate, self.depth, self.intervals = seed, rate, depth, intervals
+        self, seed: int, instruments: list[Instrument], rate: float, depth: int, intervals: dict[str, int], t: int,
+        near: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.seed, self.rate, self.depth, self.intervals, self.near = seed, rate, depth, intervals, near
         self.books: dict[str, Book] = {}
         self.candles: dict[str, Candles] = {}
         self.day: dict[
@@ -293,7 +325,7 @@ class Market:
         """Start trading an instrument."""
         rng = Random(f"{self.seed}:{instrument.ticker}")
         first_update, first_trade = rng.randrange(10**10, 9 * 10**10), rng.randrange(10**6, 9 * 10**8)
-        book = Book(instrument, rng, self.depth, first_update, first_trade)
+        book = Book(instrument, rng, self.depth, self.near, first_update, first_trade)
         self._engine_id += 1
         book.engine_id = self._engine_id
         book.remember()

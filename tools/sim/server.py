@@ -149,6 +149,7 @@ class Options:
     events: float = math.inf
     ledger: Path | None = None
     depth: int = 50
+    near: float = 0.0  # share of orders placed or withdrawn at the best price, beside those that are there anyway
     epoch_us: int | None = None
     hold: bool = False
     faults: tuple[str, ...] = ()
@@ -343,7 +344,7 @@ class Exchange:
         limits = {**venue.limits, **options.limits}
         instruments = [self._instrument(venue, name, index) for index, name in enumerate(self._names(venue))]
         rate = BASE_RATE if self.fast else options.rate
-        self.market = Market(options.seed, instruments, rate, options.depth, venue.intervals, self.t)
+        self.market = Market(options.seed, instruments, rate, options.depth, venue.intervals, self.t, options.near)
         self.venue = venue(self, limits, options.credentials)
 
     def _names(self, venue: type[Venue]) -> list[str]:
