@@ -204,10 +204,13 @@ def run(
     import tomli_w
 
     from mdcollector import config
+    from mdcollector.connector import venue_options
     from mdcollector.exchanges import venue_class
 
     kind = venue_class(exchange)
     feeds = feeds or [feed for feed in FEEDS_DEFAULT if feed in kind.FEEDS] or list(kind.FEEDS)
+    if intervals and "candles" not in feeds:
+        raise click.UsageError(f"--intervals {','.join(intervals)}: they are of candles; add candles to --feeds")
     intervals = intervals or [interval for interval in ("1m", *kind.INTERVALS) if interval in kind.INTERVALS][:1]
     rings = (rings or target / "_rings").absolute()
     connector = config.ConnectorConfig(
@@ -224,6 +227,7 @@ def run(
     )
     try:
         config.check_connector("", connector)
+        venue_options(connector, kind)
     except ConfigError as error:
         raise click.UsageError(str(error).removeprefix(".")) from error
     fleet = {

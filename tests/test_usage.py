@@ -76,6 +76,8 @@ def test_wrong_use_of_run_is_named_and_leaves_nothing_behind(tmp_path: Path) -> 
         (("binance_spot", "BTCUSDT", "--cpu", "9999"), "allowed are"),
         (("binance_spot", "BTCUSDT", "--seconds", "-1"), "--seconds"),
         (("binance_spot", "BTCUSDT", "--roll-s", "0"), "--roll-s"),
+        (("binance_spot", "BTCUSDT", "--intervals", "7m", "--feeds", "candles"), "1s, 1m, 3m"),
+        (("binance_spot", "BTCUSDT", "--intervals", "1m"), "add candles to --feeds"),
     ):
         done = mdcollector("run", *words, "--target", target)
         assert done.returncode == 2, (words, done.stderr)
