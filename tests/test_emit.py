@@ -482,6 +482,27 @@ def test_a_feed_reaches_to_its_newest_event_also_where_it_came_seconds_later(mad
         assert made.emit.newest_us("bbo") == made.emit.rcv_us + reaches_us
 
 
+def test_what_was_fetched_does_not_show_how_far_a_stream_reaches(made: Made) -> None:
+    made.emit.trade(made.a, made.emit.rcv_us - 5_000_000, 1, 1.0, 1.0, 1)
+    with made.emit.fetching():
+        made.emit.trade(made.a, made.emit.rcv_us - 1_000_000, 1, 1.0, 1.0, 3)
+        made.emit.trade(made.a, made.emit.rcv_us - 2_000_000, 1, 1.0, 1.0, 2)
+    assert made.emit.newest_us("trades") == made.emit.rcv_us - 5_000_000
+    made.emit.trade(made.a, made.emit.rcv_us - 500_000, 1, 1.0, 1.0, 4)
+    assert made.emit.newest_us("trades") == made.emit.rcv_us - 500_000
+
+
+@pytest.mark.parametrize("flags", [0, LAST, REPAIRED, LAST | REPAIRED, LAST | INVALID])
+@pytest.mark.parametrize("side", [1, -1, 0])
+def test_flags_stand_where_they_belong_beside_venue_and_side(made: Made, side: int, flags: int) -> None:
+    made.emit.trade(made.a, 1, side, 1.0, 1.0, 1, flags)
+    made.emit.bbo(made.b, 1, 1.0, 1.0, 2.0, 1.0, 1, flags)
+    trade, bbo = (made.emit.rings[feed].recent_rows(0)[0] for feed in ("trades", "bbo"))
+    assert trade[["ticker", "exchange", "side"]].tolist() == (made.a.codes["trades"], Exchange.DERIBIT, side)
+    assert bbo[["ticker", "exchange"]].tolist() == (made.b.codes["bbo"], Exchange.DERIBIT)
+    assert trade["flags"] == bbo["flags"] == flags | LAST
+
+
 def test_latency_is_counted_for_live_rows_only(made: Made) -> None:
     made.emit.trade(made.a, 1, 1, 1.0, 1.0, 1)
     made.emit.trades([(made.a, 1, 1, 1.0, 1.0, 2, b"")], REPAIRED)
