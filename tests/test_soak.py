@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-
 EXCHANGES = ("binance_spot", "deribit", "okx", "bybit_linear")
 
 

@@ -97,6 +97,7 @@ def prove(
     rings: Path | None = None,
     exchange: str = "",
     *,
+    connector: str = "",
     feeds: Sequence[str] = DATA_FEEDS,
     book_stream: str = "",
     intervals: Sequence[str] = (),
@@ -105,6 +106,7 @@ def prove(
 ) -> Proof:
     """Compare the tables below `out` (and the rings, where they are named) with the ledger of `exchange`.
 
+    `connector`: only what it recorded, where several record the same; a ticker may have one only.
     `intervals` are those of the recorded candles: one minute, or all that a venue without it has, when none is named.
     `book_stream` is the speed that was recorded, if it is not the venue's usual one; `snapshot_levels` the levels that
     a snapshot was asked for, if books are deeper than that. `to_the_end`: nothing after the last row may be missing
@@ -113,7 +115,7 @@ def prove(
     truth = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
     if exchange not in ("", truth.start["exchange"]):
         raise ValueError(f"{ledger} is of {truth.start['exchange']}, not of {exchange}")
-    comparison = _Comparison(truth, out, book_stream, intervals, snapshot_levels, to_the_end)
+    comparison = _Comparison(truth, out, connector, book_stream, intervals, snapshot_levels, to_the_end)
     for feed in feeds:
         comparison.feed(feed)
     if rings is not None:
@@ -175,24 +177,32 @@ class Rows:
         return Rows(self.table.filter(which))
 
 
-def _load(out: Path, feed: str, exchange: str) -> dict[str, Rows]:
+def _is_of(name: str, connector: str) -> bool:
+    """Whether rows of this name came by a connector or one of its connections; every name where none is asked for."""
+    origin = name.partition("~")[0]
+    return connector in ("", origin) or origin.startswith(f"{connector}.")
+
+
+def _load(out: Path, feed: str, exchange: str, connector: str = "") -> dict[str, Rows]:
     found: dict[str, list[pa.Table]] = defaultdict(list)
     for path in sorted(out.glob(f"{feed}/{exchange}/date=*/*.parquet")):
-        found[path.name.rsplit("-", 3)[0]].append(pq.read_table(path, partitioning=None))
+        name = path.name.rsplit("-", 3)[0]
+        if _is_of(name, connector):
+            found[name].append(pq.read_table(path, partitioning=None))
     rows: dict[str, Rows] = {}
-    for connector in list(found):
-        tables = found.pop(connector)
+    for name in list(found):
+        tables = found.pop(name)
         columns = {
-            name: pa.chunked_array(
-                [chunk for table in tables for chunk in _plain(table[name]).chunks], _plain(tables[0][name]).type
+            column: pa.chunked_array(
+                [chunk for table in tables for chunk in _plain(table[column]).chunks], _plain(tables[0][column]).type
             )
-            for name in tables[0].column_names
+            for column in tables[0].column_names
         }
         table = pa.table(columns).unify_dictionaries()
         seqs = table["seq_id"].to_numpy()
         if (seqs[1:] < seqs[:-1]).any():
             table = table.take(np.argsort(seqs, kind="stable"))
-        rows[connector] = Rows(table)
+        rows[name] = Rows(table)
     return rows
 
 
@@ -234,9 +244,10 @@ class _Holes:
 
 class _Comparison:
     def __init__(
-        self, truth: Ledger, out: Path, book_stream: str, intervals: Sequence[str], snapshot_levels: int, to_end: bool
-    ) -> None:
-        self.truth, self.out, self.to_end = truth, out, to_end
+        self, truth: Ledger, out: Path, connector: str, book_stream: str, intervals: Sequence[str],
+        snapshot_levels: int, to_end: bool,
+    ) -> None:  # fmt: skip
+        self.truth, self.out, self.connector, self.to_end = truth, out, connector, to_end
         self.snapshot_levels = snapshot_levels
         name = truth.start["exchange"]
         kind = venues()[name]
@@ -246,8 +257,8 @@ class _Comparison:
         self.stream = book_stream or self.dialect.book_stream
         self.proof = Proof(name, faults=truth.faults_fired())
         self.holes: dict[str, _Holes] = {}
-        for connector, rows in load_rows(out, "gaps", self.exchange).items():
-            standing = standing_gaps(rows)
+        for connector, rows in _load(out, "gaps", self.exchange, self.connector).items():
+            standing = standing_gaps(list(rows))
             self.proof.gaps.update((row["feed"], row["cause"]) for row in standing)
             origin, mark, _feed = connector.partition("~")  # rows behind a mark are the writer's own: rows it lost
             if mark:
@@ -267,7 +278,7 @@ class _Comparison:
             "liquidations": self._liquidations,
         }[feed]
         seen: dict[str, str] = {}
-        for connector, rows in _load(self.out, feed, self.exchange).items():
+        for connector, rows in _load(self.out, feed, self.exchange, self.connector).items():
             count.rows += len(rows)
             count.repaired += int(np.count_nonzero(rows.numbers("flags")[0] & REPAIRED))
             self._contiguous(feed, connector, rows.numbers("seq_id")[0])
@@ -621,10 +632,10 @@ class _Comparison:
 
     def rings(self, rings: Path, feed: str) -> None:
         """Tables hold the rows that the rings published: all numbers of them, and equal where a ring still has them."""
-        tables = _load(self.out, feed, self.exchange)
+        tables = _load(self.out, feed, self.exchange, self.connector)
         for path in sorted(rings.glob(f"*/{feed}.meta")):
             with RingReader(path.parent, feed) as ring:
-                if ring.exchange != self.exchange:
+                if ring.exchange != self.exchange or not _is_of(ring.connector, self.connector):
                     continue
                 ring.seek("oldest")
                 batches = [ring.read()]

@@ -36,9 +36,11 @@ from mdcollector.exchanges import venue_class
 from mdcollector.options import Finite
 from mdcollector.stats import read_stats
 from tools.proof import Proof, prove
+from tools.sim.ledger import Ledger
 from tools.sim.process import SimError, SimProcess
 
 SEEN_S = 5.0  # a fault must be visible within it
+NEAR = 0.7  # share of orders at the best price, so that most of what the market does is told
 START_S, STOP_S = 60.0, 180.0
 SETTLE_S = 60.0  # at the end: everything that is being repaired is repaired within it
 MEMORY_GROWTH_MOST = 0.15  # of a process, from a third of the run to its end
@@ -111,7 +113,7 @@ class Soak:
     """One run."""
 
     def __init__(
-        self, out: Path, exchanges: list[str], seconds: float, rate: float, seed: int, console: Console
+        self, out: Path, exchanges: list[str], copies: int, seconds: float, rate: float, seed: int, console: Console
     ) -> None:
         self.out, self.seconds, self.console = out, seconds, console
         self.random = random.Random(seed)
@@ -120,14 +122,16 @@ class Soak:
         self.seen: list[Seen] = []
         self.problems: list[str] = []
         self.memory: dict[str, list[tuple[float, int]]] = {}
-        self._exchanges, self._rate, self._seed = exchanges, rate, seed
+        self._exchanges, self._copies, self._rate, self._seed = exchanges, copies, rate, seed
+        self.connectors = {f"{exchange}-{n}": exchange for exchange in exchanges for n in range(1, copies + 1)}
         self._monitor_url = ""
         self._disk_is_small = False
 
     def start_exchanges(self) -> None:
         (self.out / "ledgers").mkdir(parents=True)
         for i, exchange in enumerate(self._exchanges):
-            arguments = ["--rate", f"{self._rate:g}", "--seed", str(self._seed + i), "--tickers", "4"]
+            arguments = ["--rate", f"{self._rate:g}", "--near", f"{NEAR:g}", "--seed", str(self._seed + i)]
+            arguments += ["--tickers", "4"]
             self.sims[exchange] = SimProcess(exchange, *arguments, ledger=self.out / "ledgers" / f"{exchange}.jsonl")
 
     def write_fleet(self) -> Path:
@@ -141,16 +145,17 @@ class Soak:
                 "webhook_url": f"http://127.0.0.1:{self.alerted.port}/",
             },
         }  # fmt: skip
-        for i, (exchange, sim) in enumerate(self.sims.items()):
-            fleet["connectors"][exchange] = {
+        for i, (name, exchange) in enumerate(self.connectors.items()):
+            sim = self.sims[exchange]
+            fleet["connectors"][name] = {
                 "exchange": exchange, "tickers": sim.tickers, "ws_url": sim.ws_url, "rest_url": sim.rest_url,
                 "feeds": [f for f in venue_class(exchange).FEEDS if f not in ("candles", "liquidations")],
                 "cpu": cpus[i % len(cpus)], "reconnect_most_s": 1.0,
                 "capacity": {"trades": 1 << 18, "orderbook_l2": 1 << 20, "bbo": 1 << 18},
             }  # fmt: skip
-        halves = [self._exchanges[::2], self._exchanges[1::2]]
+        halves = [list(self.connectors)[::2], list(self.connectors)[1::2]]
         for i, half in enumerate(half for half in halves if half):
-            names = [pattern for exchange in half for pattern in (exchange, f"{exchange}.*")]
+            names = [pattern for name in half for pattern in (name, f"{name}.*")]
             cpu = cpus[i % len(cpus)]
             fleet["writers"][f"parquet-{i + 1}"] = {"out": "data", "roll_s": 2.0, "connectors": names, "cpu": cpu}
         path = self.out / "fleet.toml"
@@ -270,7 +275,7 @@ class Soak:
     def run(self) -> bool:
         self.start_exchanges()
         actions = self.seconds * self._rate * sum(len(sim.tickers) for sim in self.sims.values())
-        size = min(max(DISK_BYTES[0], int(actions * ACTION_BYTES)), DISK_BYTES[1])
+        size = min(max(DISK_BYTES[0], int(actions * ACTION_BYTES * self._copies)), DISK_BYTES[1])
         with small_disk(self.out / "data", size) as self._disk_is_small:
             return asyncio.run(self._run())
 
@@ -343,14 +348,17 @@ class Soak:
             if not seen.in_time:
                 self.problems.append(f"{seen.fault}: not seen everywhere within {SEEN_S:g} s: {_shown(seen)}")
         self.console.print(table)
-        for exchange, proof in self._proofs():
+        for connector, proof in self._proofs():
             counts = ", ".join(f"{feed} {count:,}" for feed, count in proof.compared.items())
             verdict = "[green]proven[/green]" if proof.ok else "[red]NOT proven[/red]"
-            self.console.print(f"{exchange}: ledger = rings = Parquet {verdict}: {counts}")
-            self.problems += [f"{exchange}: {difference}" for difference in proof.differences[:5]]
+            self.console.print(f"{connector}: ledger = rings = Parquet {verdict}: {counts}")
+            self.problems += [f"{connector}: {difference}" for difference in proof.differences[:5]]
         for name, sizes in self.memory.items():
             self._look_at_memory(name, sizes)
-        self.console.print(f"{rate:,.0f} messages/s sent by {len(self.sims)} exchanges for {self.seconds:g} s")
+        self.console.print(
+            f"{rate:,.0f} messages/s sent by {len(self.sims)} exchanges to {len(self.connectors)} connectors for"
+            f" {self.seconds:g} s"
+        )
         for problem in self.problems:
             self.console.print(problem, style="red", markup=False)
         return not self.problems
@@ -358,8 +366,10 @@ class Soak:
     def _proofs(self) -> Iterator[tuple[str, Proof]]:
         """Each venue's, by a process of its own: as many at a time as there are cores, and its memory goes with it."""
         workers, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+        of = {exchange: [c for c, e in self.connectors.items() if e == exchange] for exchange in self.sims}
         with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-            yield from zip(self.sims, pool.map(_prove, [self.out] * len(self.sims), self.sims), strict=True)
+            for found in pool.map(_prove, [self.out] * len(of), of, of.values()):
+                yield from found.items()
 
     def _look_at_memory(self, name: str, sizes: list[tuple[float, int]]) -> None:
         if len(sizes) < 3:
@@ -369,9 +379,10 @@ class Soak:
             self.problems.append(f"{name}: memory grew from {early >> 20} to {late >> 20} MiB")
 
 
-def _prove(out: Path, exchange: str) -> Proof:
+def _prove(out: Path, exchange: str, connectors: list[str]) -> dict[str, Proof]:
     feeds = [f for f in venue_class(exchange).FEEDS if f not in ("candles", "liquidations")]
-    return prove(out / "ledgers" / f"{exchange}.jsonl", out / "data", out / "rings", exchange, feeds=feeds)
+    ledger = Ledger(out / "ledgers" / f"{exchange}.jsonl")
+    return {c: prove(ledger, out / "data", out / "rings", exchange, connector=c, feeds=feeds) for c in connectors}
 
 
 def until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
@@ -402,16 +413,24 @@ def _shown(seen: Seen) -> str:
     help="Market actions per second and ticker.",
 )
 @click.option("--exchanges", default="binance_spot,deribit,okx,bybit_linear", show_default=True)
+@click.option(
+    "--copies",
+    type=click.IntRange(1, 16),
+    default=4,
+    show_default=True,
+    help="Connectors of each exchange. Each records all of it and is proven by itself: simulated messages are dear, so"
+    " that two cores could not make as many as a fleet takes.",
+)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("soak-out"), show_default=True)
-def main(seconds: float, rate: float, exchanges: str, seed: int, out: Path) -> None:
+def main(seconds: float, rate: float, exchanges: str, copies: int, seed: int, out: Path) -> None:
     """Run the fleet under load and faults, and prove that nothing was lost or doubled."""
     if out.exists():
         if not (out / "fleet.toml").exists():
             raise click.ClickException(f"{out} exists and is not of an earlier soak: not touched")
         shutil.rmtree(out)
     console = Console()
-    ok = Soak(out.absolute(), exchanges.split(","), seconds, rate, seed, console).run()
+    ok = Soak(out.absolute(), exchanges.split(","), copies, seconds, rate, seed, console).run()
     console.print(
         "[bold green]nothing lost, nothing doubled, everything seen[/bold green]"
         if ok
