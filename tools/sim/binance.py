@@ -209,10 +209,11 @@ class Binance(Venue):
                 symbol.price(ask),
                 symbol.qty(ask_lots),
             )
+            told = t if self.dialect.bbo_has_time else self.exchange.clock_us()  # later than `t` where the machine is slow
             ledger.line(
                 "bbo",
                 symbol.name,
-                f'{{"kind":"bbo","ticker":"{symbol.name}","id":{u},"bid":"{b}","bid_qty":"{bq}","ask":"{a}","ask_qty":"{aq}","t":{t}}}',
+                f'{{"kind":"bbo","ticker":"{symbol.name}","id":{u},"bid":"{b}","bid_qty":"{bq}","ask":"{a}","ask_qty":"{aq}","t":{told}}}',
             )
             self._publish(
                 symbol.best,
