@@ -94,7 +94,7 @@ def judge(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> 
         if page.get("state") != "stopped":
             findings += _silent(name, page)
         findings += _writer(name, page, _earlier(before, "writers", name))
-    findings += _supervised(found["supervisor"] or {}, before["supervisor"] if before is not None else None)
+    findings += _supervised(found["supervisor"] or {}, (before["supervisor"] or {}) if before is not None else None)
     return findings
 
 
@@ -230,7 +230,9 @@ def _supervised(page: Page, before: Page | None) -> Iterator[Finding]:
     for name, process in (page.get("processes") or {}).items():
         if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
             yield Finding("gave_up", name, "not running, it cannot run as it is configured (see its log)")
-        starts = process["starts"] - earlier.get(name, {}).get("starts", process["starts"])
+        # One that was not there yet has been started once since; it may have died a moment later.
+        began = earlier[name]["starts"] if name in earlier else 1 if before is not None else process["starts"]
+        starts = process["starts"] - began
         if starts > 0:
             text = f"started again {starts} times lately, last after exit {process['last_exit']}"
             yield Finding("restarted", name, text)

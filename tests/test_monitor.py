@@ -187,6 +187,20 @@ def test_what_is_counted_is_found_when_it_grows() -> None:
     assert [f.kind for f in judge(holes[1], holes[0])] == ["holes"]
 
 
+def test_a_process_that_died_before_anybody_had_looked_at_its_supervisor_is_found() -> None:
+    """A monitor that came up first: its oldest view, which all are compared with for a minute, knows no process."""
+
+    def supervised(starts: int) -> dict[str, Any]:
+        process = {"starts": starts, "last_exit": -9, "gave_up": False}
+        return fleet_of(supervisor={"processes": {"c": process}})
+
+    assert judge(supervised(1), fleet_of()) == []
+    assert [f.text for f in judge(supervised(2), fleet_of())] == ["started again 1 times lately, last after exit -9"]
+    assert [f.kind for f in judge(supervised(5), supervised(4))] == ["restarted"]
+    assert judge(supervised(5), supervised(5)) == []
+    assert judge(supervised(5)) == [], "long ago, for all that is known"
+
+
 def test_a_connector_is_not_well_when_who_drains_it_is_behind_or_a_disk_is_full() -> None:
     behind, other = judge(fleet_of(writer=drain(behind=True)))[0], Finding("dead", "d", "")
     disk = Finding("disk_low", "/data", "")

@@ -408,9 +408,9 @@ def _shown(seen: Seen) -> str:
 @click.option(
     "--rate",
     type=Finite(0, min_open=True),
-    default=400.0,
+    default=1700.0,
     show_default=True,
-    help="Market actions per second and ticker.",
+    help="Market actions per second of the busiest of four tickers; 1700 make some 20,000 messages/s.",
 )
 @click.option("--exchanges", default="binance_spot,deribit,okx,bybit_linear", show_default=True)
 @click.option(

@@ -209,7 +209,9 @@ class Binance(Venue):
                 symbol.price(ask),
                 symbol.qty(ask_lots),
             )
-            told = t if self.dialect.bbo_has_time else self.exchange.clock_us()  # later than `t` where the machine is slow
+            told = (
+                t if self.dialect.bbo_has_time else self.exchange.clock_us()
+            )  # later than `t` where the machine is slow
             ledger.line(
                 "bbo",
                 symbol.name,
