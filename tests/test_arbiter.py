@@ -1137,6 +1137,7 @@ def _stats(tmp_path: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.crash
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("exchange", "options"),
     [

@@ -209,9 +209,7 @@ class Binance(Venue):
                 symbol.price(ask),
                 symbol.qty(ask_lots),
             )
-            told = (
-                t if self.dialect.bbo_has_time else self.exchange.clock_us()
-            )  # later than `t` where the machine is slow
+            told = t if self.dialect.bbo_has_time else self.exchange.told_us(t)
             ledger.line(
                 "bbo",
                 symbol.name,

@@ -374,6 +374,10 @@ class Exchange:
             return time.time_ns() // 1000 + self.skew_us
         return self._stamp(self._due_us())
 
+    def told_us(self, t: int) -> int:
+        """When clients hear what is due at `t`: later where the machine is slow; `t` itself in a run that is repeatable."""
+        return t if self.options.epoch_us is not None else max(t, self.clock_us())
+
     def send(self, session: Session, text: str) -> None:
         """Send one message to one client, in order with everything published before."""
         self._put(session, frame_of(text.encode()))
