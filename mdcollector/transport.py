@@ -21,6 +21,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import picows
+import tenacity
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
 from mdcollector.budget import BLOCK_MOST_S, Budget
@@ -217,8 +218,13 @@ async def get(
     a venue).
     """
     waits_s = _waits_s(rate_limited)
-    for attempt in range(tries):
-        try:
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type((aiohttp.ClientError, TimeoutError, Disconnected)),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        stop=tenacity.stop_after_attempt(tries),
+        reraise=True,
+    ):
+        with attempt:
             async with session.get(url) as response:
                 if response.status in waits_s:
                     wait_s = _retry_after(response.headers.get("Retry-After"), waits_s[response.status])
@@ -229,11 +235,7 @@ async def get(
                 if response.status >= 500:
                     raise Disconnected(f"{url}: HTTP {response.status}")
                 return response.status, body
-        except (aiohttp.ClientError, TimeoutError, Disconnected):
-            if attempt == tries - 1:
-                raise
-        await asyncio.sleep(random.uniform(0, min(30.0, 0.5 * 2.0**attempt)))  # noqa: S311 (jitter)
-    raise AssertionError(f"{tries} tries")
+    raise AssertionError("tenacity returns or raises")
 
 
 def open_session(tls: ssl.SSLContext | None, headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:
