@@ -1170,7 +1170,7 @@ def test_two_connectors_with_faults_and_an_arbiter_that_is_killed_equal_the_ledg
             _until(lambda: all(_subscribed(tmp_path, n) for n in ("leg_a", "leg_b")), "both legs are subscribed")
             sim.resume()
             kills = 0
-            while kills < KILLS or not all(_fired(sim).values()):
+            while kills < KILLS or not all(_fired(sim).values()) or not _each_leg_was_covered(tmp_path, feeds):
                 goal = _published(tmp_path, "merged", feeds[0]) + rng.randrange(5, 60)
                 _flows(tmp_path, feeds[0], goal)
                 kills += _kill_the_arbiter(tmp_path)
@@ -1185,6 +1185,7 @@ def test_two_connectors_with_faults_and_an_arbiter_that_is_killed_equal_the_ledg
                 up.communicate(timeout=60)
     result = json.loads(out.splitlines()[-1])
     assert result["lost"] == 0, result
+    assert _each_leg_was_covered(tmp_path, feeds)
     if "trades" in feeds:
         _trades_are_those_of_the_legs(tmp_path)
     proof = prove(sim.ledger(), tmp_path / "data", exchange=exchange, feeds=[f for f in feeds if f in PROVEN])
@@ -1197,6 +1198,30 @@ def test_two_connectors_with_faults_and_an_arbiter_that_is_killed_equal_the_ledg
         text=True,
     )
     assert verified.returncode == 0, verified.stdout[-2000:] + verified.stderr
+
+
+def _each_leg_was_covered(tmp_path: Path, feeds: Sequence[str]) -> bool:
+    """Each leg's books had a hole of which nothing is missing in the merged ones."""
+    if "orderbook_l2" not in feeds:
+        return True
+    merged, *legs = (_book_holes(tmp_path, name) for name in ("merged", "leg_a", "leg_b"))
+
+    def is_covered(hole: tuple[str, int, int]) -> bool:
+        ticker, first, last = hole
+        return not any(t == ticker and a <= last and first <= b for t, a, b in merged)
+
+    return all(any(map(is_covered, leg)) for leg in legs)
+
+
+def _book_holes(tmp_path: Path, name: str) -> list[tuple[str, int, int]]:
+    """Ticker, first and last id of what a connector's books missed."""
+    with RingReader(tmp_path / "rings" / name, "gaps") as ring:
+        ring.seek("oldest")
+        rows = ring.read(1 << 20)
+        tickers = ring.tickers
+    rows = rows[(rows["feed"] == b"orderbook_l2") & (rows["first_id"] >= 0)]
+    columns = (rows[column].tolist() for column in ("ticker", "first_id", "last_id"))
+    return [(tickers[code], first, last) for code, first, last in zip(*columns, strict=True)]
 
 
 def _fired(sim: SimProcess) -> Counter[str]:
