@@ -50,6 +50,7 @@ DISK_BYTES = 512 << 20, 2560 << 20  # tmpfs of the tables, which is filled by a 
 ACTION_BYTES = 100  # that the tables take at most for one action of a market
 BALLAST_SPARE = 16 << 20  # what is filled by writing: the writers write meanwhile
 DISK_FULL_S = 4.0
+SKIPPED_PAUSE_S = 1.0  # after a fault that was left alone
 QUIET_S = 8.0  # before the end no more faults, so that all can be over
 HTTP_S = 5.0
 
@@ -123,7 +124,7 @@ class Soak:
         self.seen: list[Seen] = []
         self.problems: list[str] = []
         self.memory: dict[str, list[tuple[float, int]]] = {}
-        self._exchanges, self._copies, self._rate, self._seed = exchanges, copies, rate, seed
+        self._exchanges, self._rate, self._seed = exchanges, rate, seed
         self.connectors = {f"{exchange}-{n}": exchange for exchange in exchanges for n in range(1, copies + 1)}
         self._monitor_url = ""
         self._disk_is_small = False
@@ -207,35 +208,47 @@ class Soak:
 
     # Faults
 
-    def hit(self, fault: str, kind: str, process: str, do: Callable[[], None]) -> None:
-        """Let something happen, then wait until the monitor has said so three times over."""
+    def reasons(self, kind: str, process: str) -> bool:
+        """Whether the health page of that process, or of one of that exchange, gives this kind as a reason."""
+        pages = [json.loads(self.get(f"/health/{name}")) for name in self.processes() if name.startswith(process)]
+        return any(reason["kind"] == kind for page in pages for reason in page.get("reasons", ()))
+
+    def hit(self, fault: str, kind: str, process: str, do: Callable[[], None]) -> bool:
+        """Let something happen, then wait until the monitor has said so three times over.
+
+        False = left alone: the same is still told of an earlier fault, so that this one could not be seen.
+        """
+        wanted = f'mdcollector_finding{{kind="{kind}",process="{process}'
+        if wanted in self.get("/metrics"):
+            return False
         began = time.monotonic()
         do()  # it may take a moment: what counts is from when it has happened
         at = time.monotonic()
         seen = Seen(f"{fault} {process}", at)
         self.seen.append(seen)
-        wanted = f'mdcollector_finding{{kind="{kind}",process="{process}'
         while time.monotonic() - at < 3 * SEEN_S and None in (seen.metrics_s, seen.health_s, seen.alert_s):
             now = time.monotonic() - at
             if seen.metrics_s is None and wanted in self.get("/metrics"):
                 seen.metrics_s = now
-            states: dict[str, str] = json.loads(self.get("/health")).get("processes", {})
-            if seen.health_s is None and any(n.startswith(process) and s != "ok" for n, s in states.items()):
+            if seen.health_s is None and self.reasons(kind, process):
                 seen.health_s = now
             if seen.alert_s is None and (told := self.alerted.when(kind, process, began)) is not None:
                 seen.alert_s = max(0.0, told - at)
             time.sleep(0.1)
+        return True
 
-    def kill(self, role: str) -> None:
+    def kill(self, role: str) -> bool:
         names = [n for n, p in self.processes().items() if p["role"] == role and p["child_pid"]]
         name = self.random.choice(names)
-        self.hit("kill -9", "restarted", name, lambda: os.kill(self.processes()[name]["child_pid"], signal.SIGKILL))
+        return self.hit(
+            "kill -9", "restarted", name, lambda: os.kill(self.processes()[name]["child_pid"], signal.SIGKILL)
+        )
 
-    def disconnect(self) -> None:
+    def disconnect(self) -> bool:
         exchange = self.random.choice([e for e in self.sims if venue_class(e).WS_URL])
-        self.hit("disconnect", "reconnected", exchange, lambda: self.sims[exchange].fault("disconnect"))
+        return self.hit("disconnect", "reconnected", exchange, lambda: self.sims[exchange].fault("disconnect"))
 
-    def fill_disk(self) -> None:
+    def fill_disk(self) -> bool:
         ballast = self.out / "data" / "ballast"
 
         def fill() -> None:
@@ -248,12 +261,14 @@ class Soak:
                 while True:
                     file.write(bytes(1 << 20))
 
-        self.hit("disk full", "writer_error", "parquet", fill)
+        if not self.hit("disk full", "writer_error", "parquet", fill):
+            return False
         time.sleep(DISK_FULL_S)
         ballast.unlink()
+        return True
 
     def run_faults(self, ends: float) -> None:
-        faults: list[Callable[[], None]] = [
+        faults: list[Callable[[], bool]] = [
             lambda: self.kill("connector"),
             lambda: self.kill("writer"),
             self.disconnect,
@@ -264,23 +279,23 @@ class Soak:
         pause = max(3.0, self.seconds / 40)
         while time.monotonic() < ends - QUIET_S:
             until(self.all_connected, SETTLE_S, "all connected before the next fault")
-            order.pop(0)()
-            # Each in turn: what is told of one stands for a minute, and would be taken for what is told of the next.
+            happened = order.pop(0)()
             order = order or self.random.sample(faults, len(faults))
-            next_at = min(time.monotonic() + pause, ends - QUIET_S)
+            next_at = min(time.monotonic() + (pause if happened else SKIPPED_PAUSE_S), ends - QUIET_S)
             while (left := next_at - time.monotonic()) > 0:
                 self.watch_memory()
                 time.sleep(min(MEMORY_EVERY_S, left))
-            self.console.print(
-                f"  {ends - time.monotonic():5.0f} s left; {self.seen[-1].fault}: seen {_shown(self.seen[-1])}"
-            )
+            if happened:
+                self.console.print(
+                    f"  {ends - time.monotonic():5.0f} s left; {self.seen[-1].fault}: seen {_shown(self.seen[-1])}"
+                )
 
     # The run
 
     def run(self) -> bool:
         self.start_exchanges()
-        actions = self.seconds * self._rate * sum(len(sim.tickers) for sim in self.sims.values())
-        size = min(max(DISK_BYTES[0], int(actions * ACTION_BYTES * self._copies)), DISK_BYTES[1])
+        actions = self.seconds * self._rate * sum(len(self.sims[e].tickers) for e in self.connectors.values())
+        size = min(max(DISK_BYTES[0], int(actions * ACTION_BYTES)), DISK_BYTES[1])
         with small_disk(self.out / "data", size) as self._disk_is_small:
             return asyncio.run(self._run())
 
