@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench import frames
-from bench.machine import cores, cpu_ns
+from bench.machine import cores, cpu_ns, slowness_around
 from bench.micro import ring_directory
 from bench.processes import Child, child, module, until
 from mdcollector.errors import RingError
@@ -117,13 +117,14 @@ def run(kind: str, count: int, rate: float = 0.0, tls: dict[str, str] | None = N
     with ring_directory() as rings, sending(kind, count, rate, tls) as (sender, port):
         with collecting(rings, kind, port, tls) as (connector, reader):
             settle(reader)
-            first, cpu_before = reader.published, cpu_ns(connector.pid)
-            began = time.time_ns() // 1000
-            rows_of_message = 40 if kind == "depth" else 1
-            wanted = first + (count - 1) * rows_of_message
-            sender.say("go")
-            until(lambda: reader.published >= wanted, RUN_S, f"{wanted} rows of {kind}")
-            cpu = cpu_ns(connector.pid) - cpu_before
+            with slowness_around(0) as slowness:
+                first, cpu_before = reader.published, cpu_ns(connector.pid)
+                began = time.time_ns() // 1000
+                rows_of_message = 40 if kind == "depth" else 1
+                wanted = first + (count - 1) * rows_of_message
+                sender.say("go")
+                until(lambda: reader.published >= wanted, RUN_S, f"{wanted} rows of {kind}")
+                cpu = cpu_ns(connector.pid) - cpu_before
             sender.line(RUN_S)
             if reader.published != wanted:
                 raise AssertionError(f"{reader.published} rows of {kind}, expected {wanted}")
@@ -137,6 +138,7 @@ def run(kind: str, count: int, rate: float = 0.0, tls: dict[str, str] | None = N
             "kind": kind, "mode": f"{rate:,.0f} msg/s" if rate else "burst", "tls": bool(tls), "messages": count - 1,
             "messages_per_s": (count - 1) / max(seconds, 1e-9), "cpu_ns": cpu / (count - 1),
             "messages_per_packet": float(sizes.mean()), "rss_beside_rings_mb": memory / 1e6,
+            "slowness": slowness[0],
             "visible_ns": percentiles(visible), "visible_first_of_packet_ns": percentiles(_firsts(rows)),
         }  # fmt: skip
 
@@ -155,16 +157,17 @@ def streams(rate: float, seconds: float) -> dict[str, Any]:
             sender.say("go")
             tickers = len(frames.STREAM_TICKERS)
             until(lambda: _page(rings)["books"] == tickers and not _page(rings)["books_invalid"], RUN_S, "all books")
-            cpu, frames_before, began = cpu_ns(connector.pid), _page(rings)["packets"], time.monotonic()
-            time.sleep(seconds / 2)  # what is measured is this stretch of time
-            cpu, took = cpu_ns(connector.pid) - cpu, time.monotonic() - began
-            page = _page(rings)
+            with slowness_around(0) as slowness:
+                cpu, frames_before, began = cpu_ns(connector.pid), _page(rings)["packets"], time.monotonic()
+                time.sleep(seconds / 2)  # what is measured is this stretch of time
+                cpu, took = cpu_ns(connector.pid) - cpu, time.monotonic() - began
+                page = _page(rings)
         gaps = {name: n for name, n in page["counters"].items() if name.startswith(("gap", "refused")) and n}
         if gaps or page["state"] != "connected":
             raise AssertionError(f"the run was disturbed: {page['state']}, {gaps}")
     return {
         "streams": len(page["streams"]), "messages_per_s": rate, "core_share": cpu / 1e9 / took,
-        "cpu_ns_per_message": cpu / (rate * took), "packets_per_s": (page["packets"] - frames_before) / took,
+        "cpu_ns_per_message": cpu / (rate * took), "slowness": slowness[0], "packets_per_s": (page["packets"] - frames_before) / took,
         "visible_ns": {name: page["publish_ns"][name] for name in ("p50", "p99")},
     }  # fmt: skip
 

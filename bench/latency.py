@@ -62,6 +62,7 @@ def _one(name: str, how: Wait, poll_s: float, rate: float, seconds: float) -> di
         writer.line(START_S)
         with RingReader(directory, "trades") as reader, quiet_gc():
             machine.pin(1)
+            slowness = machine.Reference().slowness(machine.SLOWNESS_S)
             writer.say("go")
             reader.wait(START_S, how, poll_s)
             cpu = time.process_time()
@@ -78,7 +79,7 @@ def _one(name: str, how: Wait, poll_s: float, rate: float, seconds: float) -> di
     if lapped or not noticed:
         raise AssertionError(f"{name}: {lapped} rows lapped, {read} read")
     return {
-        "reader": name, "rate": rate, "rows": read, "reads": len(noticed), "reader_cpu_share": min(1.0, cpu / seconds_used),
+        "reader": name, "rate": rate, "rows": read, "reads": len(noticed), "reader_cpu_share": min(1.0, cpu / seconds_used), "slowness": slowness,
         "noticed_ns": percentiles(np.array(noticed)), "oldest_row_in_hand_ns": percentiles(np.array(taken)),
     }  # fmt: skip
 

@@ -1,13 +1,19 @@
 """The machine that is measured on: what it is, which cores are used, whether it is quiet enough to be believed."""
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
+
+from bench import frames
 
 PACKAGES = (
     "picows",
@@ -39,6 +45,74 @@ def pin(index: int) -> None:
 def release(cpus: list[int]) -> None:
     """Let this process use these CPUs again."""
     psutil.Process().cpu_affinity(cpus)
+
+
+# How fast the machine is just now, by the decode that performance notes quote for the machine of the targets. A virtual
+# machine changes its speed twofold from one second to the next: a figure is only worth what was measured beside it.
+
+NOMINAL_DECODE_NS = 297.0
+REFERENCE_CHUNK = 100
+
+
+class _PlainTrade(msgspec.Struct, gc=False):
+    t: int
+    p: float
+    q: float
+    T: int
+    m: bool
+
+
+class _PlainTradeFrame(msgspec.Struct, gc=False):
+    data: _PlainTrade
+
+
+class Reference:
+    """The reference decode, over and over."""
+
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(_PlainTradeFrame, strict=False).decode
+        items = list(frames.binance_trades(20 * REFERENCE_CHUNK))
+        self._chunks = itertools.cycle([items[i : i + REFERENCE_CHUNK] for i in range(0, len(items), REFERENCE_CHUNK)])
+
+    def decode_ns(self) -> float:
+        """CPU ns of one decode now: the mean over a chunk."""
+        decode, items, clock = self._decode, next(self._chunks), time.thread_time_ns
+        began = clock()
+        for item in items:
+            decode(item)
+        return (clock() - began) / REFERENCE_CHUNK
+
+    def slowness(self, seconds: float) -> float:
+        """How many times slower this core is now than the machine of the targets: the median over so long."""
+        found, deadline = [self.decode_ns()], time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found.append(self.decode_ns())
+        return sorted(found)[len(found) // 2] / NOMINAL_DECODE_NS
+
+
+SLOWNESS_S = 0.1
+
+
+@contextmanager
+def slowness_around(index: int) -> Iterator[list[float]]:
+    """Look at the speed of the index-th CPU before and after what is measured there; the list then holds the mean."""
+    reference, before, found = Reference(), cores(), list[float]()
+
+    def look() -> float:
+        pin(index)
+        try:
+            return reference.slowness(SLOWNESS_S)
+        finally:
+            release(before)
+
+    first = look()
+    yield found
+    found.append((first + look()) / 2)
+
+
+def middle(runs: Sequence[dict[str, Any]], figure: str) -> dict[str, Any]:
+    """The run whose figure, at nominal speed, is the median of them."""
+    return sorted(runs, key=lambda run: float(run[figure] / run["slowness"]))[len(runs) // 2]
 
 
 def used_by_others() -> float:

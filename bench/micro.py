@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import orjson
 
-from bench import frames
+from bench import frames, machine
 from mdcollector.emit import Emit
 from mdcollector.exchanges import Options, Venue, binance, deribit, venue_class
 from mdcollector.records import TRADES
@@ -77,30 +77,32 @@ def again(call: Callable[[Any], object], items: Sequence[Any], chunk: int, budge
             return best
 
 
-# Calibration: the decode that performance notes quote for their machine, so that figures can be put side by side.
-
-
-class _PlainTrade(msgspec.Struct, gc=False):
-    t: int
-    p: float
-    q: float
-    T: int
-    m: bool
-
-
-class _PlainTradeFrame(msgspec.Struct, gc=False):
-    data: _PlainTrade
-
-
-NOMINAL_TRADE_NS = 297.0
+def beside_reference(call: Callable[[Any], object], items: Sequence[Any], chunk: int) -> tuple[float, float]:
+    """CPU ns per call, the smallest mean over chunks of `items`, each item once; and nominal ns: the median of how each
+    chunk compares to a chunk of reference decodes right before it, in ns of the machine of the targets.
+    """
+    clock, reference, means, ratios = time.thread_time_ns, machine.Reference(), [], []
+    for start in range(0, len(items) - chunk + 1, chunk):
+        part, decode_ns = items[start : start + chunk], reference.decode_ns()
+        began = clock()
+        for item in part:
+            call(item)
+        means.append((clock() - began) / chunk)
+        ratios.append(means[-1] / decode_ns)
+    return min(means), float(np.median(ratios)) * machine.NOMINAL_DECODE_NS
 
 
 def calibration(budget_s: float) -> dict[str, float]:
-    """How much slower this machine is now than the one that the targets were set on."""
-    decode = msgspec.json.Decoder(_PlainTradeFrame, strict=False).decode
+    """How much slower this machine is than the one that the targets were set on: at its best, and as it mostly was."""
+    reference = machine.Reference()
     with quiet_gc():
-        ns = again(decode, list(frames.binance_trades(2000)), 100, budget_s)
-    return {"trade_decode_ns": ns, "nominal_ns": NOMINAL_TRADE_NS, "factor": ns / NOMINAL_TRADE_NS}
+        found, deadline = [reference.decode_ns()], time.monotonic() + budget_s
+        while time.monotonic() < deadline:
+            found.append(reference.decode_ns())
+    return {
+        "best_ns": min(found), "median_ns": float(np.median(found)), "nominal_ns": machine.NOMINAL_DECODE_NS,
+        "factor": float(np.median(found)) / machine.NOMINAL_DECODE_NS,
+    }  # fmt: skip
 
 
 # Ring
@@ -229,11 +231,11 @@ def venues(budget_s: float, count: int) -> list[dict[str, Any]]:
             row = _hot_case(budget_s, case, venue_class(name), untyped, snapshot, items)
             with quiet_gc():
                 orjson_ns = again(orjson.loads, items[1:401], 20, budget_s)
-            base = found[len(found) % 2]["total"] if len(found) >= 2 else row["total"]
+            base = found[len(found) % 2]["nominal"] if len(found) >= 2 else row["nominal"]
             found.append(
                 {
                     "frame": case, "rows": row["rows"], "msgspec untyped": row["decode"], "orjson": orjson_ns,
-                    "total": row["total"], "to_binance_spot": row["total"] / base,
+                    "total": row["total"], "nominal": row["nominal"], "to_binance_spot": row["nominal"] / base,
                 }
             )  # fmt: skip
     return found
@@ -277,9 +279,12 @@ def _hot_case(
         decode_ns = again(decoder, rest[:400], chunk, budget_s)
         before = _rows(emit)
         emit.packet(time.time_ns(), emit.clock())
-        full_ns = smallest(venue.decode, rest, chunk, 1e9)
+        full_ns, nominal_ns = beside_reference(venue.decode, rest, chunk)
         rows = (_rows(emit) - before) / (len(rest) // chunk * chunk)
-    return {"frame": name, "rows": rows, "decode": decode_ns, "total": full_ns, "ratio": full_ns / decode_ns}
+    return {
+        "frame": name, "rows": rows, "decode": decode_ns, "total": full_ns, "nominal": nominal_ns,
+        "ratio": full_ns / decode_ns,
+    }  # fmt: skip
 
 
 PASSES = 3
@@ -287,23 +292,30 @@ SNAPSHOT_URL = frames.SNAPSHOT_URLS["binance_spot"]
 
 
 def _recorded(snapshot: bytes, items: list[bytes]) -> dict[str, Any]:
-    """Recorded frames differ in size: the mean over all of them, of each chunk the quickest of some passes."""
-    name, decoder, chunk, clock = "binance depth, recorded", binance._decode_depth, 20, time.perf_counter_ns
-    first, rest = items[:5], items[5:]
+    """Recorded frames differ in size: the mean over all of them, of each chunk the quickest of some passes; nominal, the
+    median of them.
+    """
+    name, decoder, chunk, clock = "binance depth, recorded", binance._decode_depth, 20, time.thread_time_ns
+    first, rest, reference = items[:5], items[5:], machine.Reference()
     passes = []
     for _ in range(PASSES):
         with _live(name, binance.BinanceSpot, (SNAPSHOT_URL, snapshot), first) as (emit, venue):
             before, times = _rows(emit), []
             for start in range(0, len(rest) - chunk + 1, chunk):
-                part = rest[start : start + chunk]
+                part, reference_ns = rest[start : start + chunk], reference.decode_ns()
                 began = clock()
                 for item in part:
                     decoder(item)
                 between = clock()
                 for item in part:
                     venue.decode(item)
-                times.append((between - began, clock() - between))
+                full_ns = clock() - between
+                times.append((between - began, full_ns, full_ns / reference_ns))
             rows = (_rows(emit) - before) / (len(times) * chunk)
         passes.append(times)
-    decode_ns, full_ns = (np.min(passes, axis=0).mean(axis=0) / chunk).tolist()
-    return {"frame": name, "rows": rows, "decode": decode_ns, "total": full_ns, "ratio": full_ns / decode_ns}
+    decode_ns, full_ns, _ = (np.min(passes, axis=0).mean(axis=0) / chunk).tolist()
+    nominal_ns = float(np.median(passes, axis=0).mean(axis=0)[2]) / chunk * machine.NOMINAL_DECODE_NS
+    return {
+        "frame": name, "rows": rows, "decode": decode_ns, "total": full_ns, "nominal": nominal_ns,
+        "ratio": full_ns / decode_ns,
+    }  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import endtoend
+from bench import endtoend, machine
 from bench.micro import ring_directory
 from bench.processes import ROOT, child
 
@@ -45,21 +45,26 @@ def _peer(
         script = str(Path(__file__).with_name("peer.py"))
         with child(python, script, stack, str(port), str(count), **environment) as peer:
             peer.line(START_S)
-            sender.say("go")
-            found = peer.line(RUN_S)
+            with machine.slowness_around(0) as slowness:
+                sender.say("go")
+                found = peer.line(RUN_S)
     return {
         "stack": stack, "kind": kind, "tls": tls is not None, "messages": count - 1,
         "messages_per_s": (count - 1) / found["seconds"], "cpu_ns": found["cpu_s"] / (count - 1) * 1e9,
+        "slowness": slowness[0],
     }  # fmt: skip
 
 
 def _product(kind: str, count: int, tls: dict[str, str] | None) -> dict[str, Any]:
     found = endtoend.run(kind, count, tls=tls)
-    return {"stack": "mdcollector", **{k: found[k] for k in ("kind", "tls", "messages", "messages_per_s", "cpu_ns")}}
+    return {
+        "stack": "mdcollector",
+        **{k: found[k] for k in ("kind", "tls", "messages", "messages_per_s", "cpu_ns", "slowness")},
+    }
 
 
 def run(count: int, rounds: int) -> list[dict[str, Any]]:
-    """The best of `rounds` turns of each; the figure of a stack is the one with the least CPU."""
+    """The middle one, at nominal speed, of `rounds` turns of each."""
     turns: list[list[dict[str, Any]]] = []
     python = cryptofeed_python()
     with ring_directory() as directory, endtoend.certificates(directory) as tls:
@@ -71,4 +76,4 @@ def run(count: int, rounds: int) -> list[dict[str, Any]]:
             if python is not None:
                 turn.append(_peer(str(python), "cryptofeed", "aggtrade", max(count // 8, 100), tls, **trust))
             turns.append(turn)
-    return [min(same, key=lambda row: row["cpu_ns"]) for same in zip(*turns, strict=True)]
+    return [machine.middle(same, "cpu_ns") for same in zip(*turns, strict=True)]

@@ -15,62 +15,53 @@ def _find(results: Results, part: str, **wanted: Any) -> dict[str, Any] | None:
 def targets(results: Results) -> list[dict[str, Any]]:
     """Each target with its figure, and the verdict: as measured, and for times also at the speed of the targets' machine.
 
-    `factor` is how much slower this machine decodes one reference frame than the machine that the targets were set on.
+    Each figure brings its `slowness`: how many times slower the machine was beside it than the one of the targets.
     """
-    factor = results.get("calibration", {}).get("factor", 1.0)
     found: list[dict[str, Any]] = []
 
-    def most(what: str, unit: str, value: float | None, limit: float, *, scales: bool = True) -> None:
-        if value is None:
-            return
-        nominal = value / factor if scales else value
+    def most(what: str, unit: str, value: float, limit: float, slowness: float = 1.0) -> None:
+        nominal = value / slowness
         verdict = "met" if value <= limit else "met at nominal speed" if nominal <= limit else "not met"
         found.append({"what": what, "target": f"<= {limit:g} {unit}", "value": value, "nominal": nominal, "unit": unit, "verdict": verdict})  # fmt: skip
 
-    def least(what: str, unit: str, value: float | None, limit: float, *, scales: bool = True) -> None:
-        if value is None:
-            return
-        nominal = value * factor if scales else value
+    def least(what: str, unit: str, value: float, limit: float, slowness: float = 1.0) -> None:
+        nominal = value * slowness
         verdict = "met" if value >= limit else "met at nominal speed" if nominal >= limit else "not met"
         found.append({"what": what, "target": f">= {limit:g} {unit}", "value": value, "nominal": nominal, "unit": unit, "verdict": verdict})  # fmt: skip
 
     for frame, limit in (("binance trade", 1.0), ("binance bookTicker", 1.1), ("binance depth 2x20", 12.0)):
-        row = _find(results, "hot_path", frame=frame)
-        most(f"payload to rows, {frame}", "us", row and row["total"] / 1e3, limit)
+        if row := _find(results, "hot_path", frame=frame):
+            most(f"payload to rows, {frame}", "us", row["total"] / 1e3, limit, row["total"] / row["nominal"])
     for row in results.get("venues", []):
         limit = 1.5 if row["frame"].endswith("trade") else 14.0
-        most(f"payload to rows, {row['frame']}", "us", row["total"] / 1e3, limit)
+        most(f"payload to rows, {row['frame']}", "us", row["total"] / 1e3, limit, row["total"] / row["nominal"])
     if streams := results.get("streams"):
         share = streams["core_share"] * 100
-        most(f"{streams['streams']} streams, {streams['messages_per_s']:,.0f} msg/s: a core's share", "%", share, 40)
+        what = f"{streams['streams']} streams, {streams['messages_per_s']:,.0f} msg/s: a core's share"
+        most(what, "%", share, 40, streams["slowness"])
     for kind, limit in (("trade", 1.1), ("bookticker", 1.2), ("depth", 12.0)):
-        row = _find(results, "end_to_end", kind=kind, mode="burst", tls=False)
-        most(f"end to end, CPU of a message, {kind} burst", "us", row and row["cpu_ns"] / 1e3, limit)
-    row = _find(results, "end_to_end", kind="trade", mode="20,000 msg/s")
-    most(
-        "packet received to visible, 20,000 msg/s, p50",
-        "us",
-        row and row["visible_first_of_packet_ns"]["p50"] / 1e3,
-        1.5,
-    )
-    most(
-        "packet received to visible, 20,000 msg/s, p99", "us", row and row["visible_first_of_packet_ns"]["p99"] / 1e3, 8
-    )
-    row = _find(results, "ring_to_reader", reader="spinning")
-    most("ring to spinning reader, p50", "us", row and row["noticed_ns"]["p50"] / 1e3, 1.0)
+        if row := _find(results, "end_to_end", kind=kind, mode="burst", tls=False):
+            most(f"end to end, CPU of a message, {kind} burst", "us", row["cpu_ns"] / 1e3, limit, row["slowness"])
+    if row := _find(results, "end_to_end", kind="trade", mode="20,000 msg/s"):
+        for name, limit in (("p50", 1.5), ("p99", 8.0)):
+            visible_us = row["visible_first_of_packet_ns"][name] / 1e3
+            most(f"packet received to visible, 20,000 msg/s, {name}", "us", visible_us, limit, row["slowness"])
+    if row := _find(results, "ring_to_reader", reader="spinning"):
+        most("ring to spinning reader, p50", "us", row["noticed_ns"]["p50"] / 1e3, 1.0, row["slowness"])
     for feed in ("trades", "orderbook_l2"):
-        row = _find(results, "drain", feed=feed)
-        least(f"drain to Parquet, {feed}, alone", "M rows/s", row and row["rows_per_s"] / 1e6, 5)
+        if row := _find(results, "drain", feed=feed):
+            least(f"drain to Parquet, {feed}, alone", "M rows/s", row["rows_per_s"] / 1e6, 5, row["slowness"])
     if sustained := results.get("sustained"):
         lost = sustained["sent"] - sustained["stored"]
-        most(f"rows lost, {sustained['rate']:,.0f} rows/s sustained beside a collector", "rows", lost, 0, scales=False)
-    resident = [run["rss_beside_rings_mb"] for run in results.get("end_to_end", [])]
-    most("memory of a connector beside its rings", "MB", max(resident, default=None), 60, scales=False)
+        most(f"rows lost, {sustained['rate']:,.0f} rows/s sustained beside a collector", "rows", lost, 0)
+    if resident := [run["rss_beside_rings_mb"] for run in results.get("end_to_end", [])]:
+        most("memory of a connector beside its rings", "MB", max(resident), 60)
     for stack, kind, tls, limit in (("aiohttp+ujson+pydantic", "trade", False, 4), ("cryptofeed", "aggtrade", True, 6)):
         peer = _find(results, "peers", stack=stack)
         ours = _find(results, "peers", stack="mdcollector", kind=kind, tls=tls)
-        ratio = peer["cpu_ns"] / ours["cpu_ns"] if peer and ours else None
-        least(f"CPU of a message, {stack} / mdcollector", "times", ratio, limit, scales=False)
+        if peer and ours:
+            ratio = peer["cpu_ns"] / peer["slowness"] / (ours["cpu_ns"] / ours["slowness"])
+            least(f"CPU of a message, {stack} / mdcollector", "times", ratio, limit)
     return found
 
 
@@ -96,9 +87,10 @@ def markdown(results: Results) -> str:
     text += [f"**Warning:** {warning}." for warning in machine["warnings"]]
     if calibration := results.get("calibration"):
         text.append(
-            f"Calibration: one reference decode takes {calibration['trade_decode_ns']:.0f} ns here and "
-            f"{calibration['nominal_ns']:.0f} ns on the machine of the targets: *nominal* is the figure divided by "
-            f"{calibration['factor']:.2f} (rates: multiplied)."
+            f"Calibration: one reference decode takes {calibration['best_ns']:.0f} ns here at best, "
+            f"{calibration['median_ns']:.0f} ns mostly, and {calibration['nominal_ns']:.0f} ns on the machine of the "
+            "targets. *Nominal* is a figure (rates: its inverse) divided by how many times longer the reference decode took "
+            "beside it."
         )
     if rows := targets(results):
         text.append("## Targets")
@@ -106,13 +98,18 @@ def markdown(results: Results) -> str:
         text.append(_table(("what", "target", "measured", "nominal", "verdict"), shown))
     if rows := results.get("hot_path"):
         text.append("## Hot path: payload to visible rows, ns a frame")
-        shown = [(r["frame"], f"{r['rows']:.1f}", f"{r['decode']:,.0f}", f"{r['total']:,.0f}", f"{r['ratio']:.2f}") for r in rows]  # fmt: skip
-        text.append(_table(("frame", "rows", "decode alone", "decode + checks + book + rows", "ratio"), shown))
+        shown = [(r["frame"], f"{r['rows']:.1f}", f"{r['decode']:,.0f}", f"{r['total']:,.0f}", f"{r['ratio']:.2f}", f"{r['nominal']:,.0f}") for r in rows]  # fmt: skip
+        text.append(
+            _table(("frame", "rows", "decode alone", "decode + checks + book + rows", "ratio", "nominal"), shown)
+        )
     if rows := results.get("venues"):
         text.append("## Every venue: payload to visible rows, ns a frame")
-        shown = [(r["frame"], f"{r['rows']:.1f}", *(f"{r[k]:,.0f}" for k in ("msgspec untyped", "orjson", "total")), f"{r['to_binance_spot']:.2f}") for r in rows]  # fmt: skip
+        shown = [(r["frame"], f"{r['rows']:.1f}", *(f"{r[k]:,.0f}" for k in ("msgspec untyped", "orjson", "total", "nominal")), f"{r['to_binance_spot']:.2f}") for r in rows]  # fmt: skip
         text.append(
-            _table(("frame", "rows", "msgspec untyped", "orjson", "payload to rows", "times binance_spot"), shown)
+            _table(
+                ("frame", "rows", "msgspec untyped", "orjson", "payload to rows", "nominal", "times binance_spot"),
+                shown,
+            )
         )
     if row := results.get("streams"):
         text.append(
@@ -124,18 +121,18 @@ def markdown(results: Results) -> str:
     if rows := results.get("end_to_end"):
         text.append("## End to end over loopback")
         shown = [
-            (r["kind"], r["mode"] + (", TLS" if r["tls"] else ""), f"{r['messages_per_s']:,.0f}", f"{r['cpu_ns']:,.0f}",
+            (r["kind"], r["mode"] + (", TLS" if r["tls"] else ""), f"{r['messages_per_s']:,.0f}", f"{r['cpu_ns']:,.0f}", f"{r['cpu_ns'] / r['slowness']:,.0f}",
              f"{r['messages_per_packet']:,.1f}", *_us(r["visible_first_of_packet_ns"]), *_us(r["visible_ns"]),
              f"{r['rss_beside_rings_mb']:.0f}")
             for r in rows
         ]  # fmt: skip
-        head = ("messages", "mode", "msg/s", "CPU ns/msg", "msg/packet", "first of a packet visible, us: p50", "p99",
+        head = ("messages", "mode", "msg/s", "CPU ns/msg", "nominal", "msg/packet", "first of a packet visible, us: p50", "p99",
                 "p99.9", "all messages, us: p50", "p99", "p99.9", "MB beside rings")  # fmt: skip
         text.append(_table(head, shown))
     if rows := results.get("peers"):
         text.append("## Beside other stacks: the same frames, in turns")
-        shown = [(r["stack"], r["kind"] + (", TLS" if r["tls"] else ""), f"{r['messages_per_s']:,.0f}", f"{r['cpu_ns']:,.0f}") for r in rows]  # fmt: skip
-        text.append(_table(("stack", "messages", "msg/s", "CPU ns/msg"), shown))
+        shown = [(r["stack"], r["kind"] + (", TLS" if r["tls"] else ""), f"{r['messages_per_s']:,.0f}", f"{r['cpu_ns']:,.0f}", f"{r['cpu_ns'] / r['slowness']:,.0f}") for r in rows]  # fmt: skip
+        text.append(_table(("stack", "messages", "msg/s", "CPU ns/msg", "nominal"), shown))
     if rows := results.get("ring_to_reader"):
         text.append("## From the ring to a reader in another process")
         shown = [(r["reader"], f"{r['rate']:,.0f}", *_us(r["noticed_ns"]), *_us(r["oldest_row_in_hand_ns"]), f"{r['reader_cpu_share']:.0%}") for r in rows]  # fmt: skip
@@ -143,8 +140,8 @@ def markdown(results: Results) -> str:
         text.append(_table(head, shown))
     if rows := results.get("drain"):
         text.append("## Drain to Parquet")
-        shown = [(r["feed"], f"{r['rows']:,}", f"{r['rows_per_s'] / 1e6:.2f}", f"{r['cpu_ns_per_row']:.0f}", f"{r['bytes_per_row']:.1f}") for r in rows]  # fmt: skip
-        text.append(_table(("feed", "rows", "M rows/s", "CPU ns/row", "bytes/row"), shown))
+        shown = [(r["feed"], f"{r['rows']:,}", f"{r['rows_per_s'] / 1e6:.2f}", f"{r['cpu_ns_per_row']:.0f}", f"{r['cpu_ns_per_row'] / r['slowness']:.0f}", f"{r['bytes_per_row']:.1f}") for r in rows]  # fmt: skip
+        text.append(_table(("feed", "rows", "M rows/s", "CPU ns/row", "nominal", "bytes/row"), shown))
     if row := results.get("sustained"):
         text.append(
             f"Sustained beside a collector: {row['sent_per_s']:,.0f} rows/s sent, {row['sent']:,} sent, {row['stored']:,} "

@@ -90,6 +90,9 @@ _HEAD = (
     Column("exchange", "u1", "category", "venue, see Exchange"),
     Column("flags", "u1", "uint8", "bits, see Flag"),
 )  # fmt: skip
+# Native, on a machine that is little-endian with 8 bytes in a long: struct packs a large `q`, and each `d` of another byte
+# order than "@", by a general way that takes 80 ns a record longer.
+_WORD_CODES = {"i8": "l", "f8": "d"}
 _SEQ = Column("seq_id", "i8", "int64", "local, +1 per row of a ring, over restarts too")
 _TABLE_FIRST = ("timestamp", "rcv_timestamp", "exchange", "ticker", "seq_id", "packet_id")
 _TABLE_LAST = ("flags", "parse_ns", "publish_ns")
@@ -134,8 +137,8 @@ class Feed:
     @cached_property
     def packer(self) -> struct.Struct:
         """struct of one record: values in ring order. `pack_into` zeroes its target first, so padding is zero."""
-        codes = {"i8": "q", "u8": "Q", "f8": "d", "u4": "I", "u1": "B", "i1": "b"}
-        parts, end = ["<"], 0
+        codes = {**_WORD_CODES, "u4": "I", "u1": "B", "i1": "b"}
+        parts, end = ["@"], 0
         for column in self.columns:
             field_offset = self.dtype.fields[column.name][1]  # type: ignore[index]
             parts.append(f"{field_offset - end}x" if field_offset > end else "")
@@ -148,9 +151,9 @@ class Feed:
     @cached_property
     def word_packer(self) -> struct.Struct:
         """`packer` of the hottest rows: `ticker` and all columns of one byte as one `row_word`."""
-        codes = ({"i8": "q", "f8": "d"}.get(c.ring, f"{c.ring[1:]}s") for c in self.words)
-        text = "<qqqIIq" + "".join(codes)
-        packer = struct.Struct(f"{text}{self.dtype.itemsize - 8 - struct.calcsize(text)}xq")
+        codes = (_WORD_CODES.get(c.ring, f"{c.ring[1:]}s") for c in self.words)
+        text = "@lllIIl" + "".join(codes)
+        packer = struct.Struct(f"{text}{self.dtype.itemsize - 8 - struct.calcsize(text)}xl")
         assert packer.size == self.dtype.itemsize, (self.name, packer.size)
         return packer
 
