@@ -21,7 +21,7 @@ def _middle(kind: str, count: int, rounds: int, **options: Any) -> dict[str, Any
 def _end_to_end(quick: bool) -> list[dict[str, Any]]:
     if quick:
         return [_middle("trade", 3000, 1), _middle("depth", 200, 1), _middle("trade", 2000, 1, rate=20_000.0)]
-    found = [_middle("trade", 400_000, 3), _middle("bookticker", 400_000, 3), _middle("depth", 15_000, 3)]
+    found = [_middle("trade", 400_000, 5), _middle("bookticker", 400_000, 5), _middle("depth", 15_000, 5)]
     found += [_middle("trade", int(rate * 5), 3, rate=rate) for rate in (1_000.0, 20_000.0)]
     with micro.ring_directory() as directory, endtoend.certificates(directory) as tls:
         found.append(_middle("trade", 200_000, 3, tls=tls))
