@@ -680,7 +680,9 @@ class BookMerge(Merge):
                     continue
                 base = chain.base
                 old = base is not None and base.id <= book.last
-                if base is not None and (book.last < 0 or not book.proven or (book.crossed and old)):
+                # Without its state the arbiter reads again what the legs had said before the last of its own rows.
+                again = base is not None and old and base.rcv < book.moved_rcv
+                if base is not None and not again and (book.last < 0 or not book.proven or (book.crossed and old)):
                     self._load(book, leg, code, "snapshot")
                     progress = True
                 elif base is not None and old:
@@ -864,10 +866,12 @@ class BookMerge(Merge):
     def note(self, rows: Rows) -> None:
         ends = np.flatnonzero(rows["flags"] & _LAST) + 1
         raw, start = rows.tobytes(), 0
-        columns = (rows[name][ends - 1].tolist() for name in ("ticker", "update_id", "flags", "timestamp"))
-        for end, code, update_id, flags, timestamp in zip(ends.tolist(), *columns, strict=True):
+        names = ("ticker", "update_id", "flags", "timestamp", "rcv_timestamp")
+        columns = (rows[name][ends - 1].tolist() for name in names)
+        for end, code, update_id, flags, timestamp, rcv in zip(ends.tolist(), *columns, strict=True):
             message, start = raw[start * _ROW : end * _ROW], end
             book = self.books.setdefault(code, Book([Chain() for _ in range(self.legs)]))
+            book.moved_rcv = rcv
             if flags & _SNAPSHOT:
                 if flags & _RESYNCED:
                     self._tell_skipped(book, code, update_id, timestamp, "snapshot")

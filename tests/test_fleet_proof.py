@@ -146,3 +146,22 @@ def test_an_empty_directory_proves_nothing(run: Fleet, tmp_path: Path) -> None:
 def test_the_ledger_of_another_venue_is_refused(run: Fleet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not of gmx"):
         prove(run.sim.ledger(), tmp_path, None, "gmx")
+
+
+def test_of_several_connectors_that_record_the_same_each_is_proven_by_itself(run: Fleet, tmp_path: Path) -> None:
+    """The other one's connection has a number of its own; one of its trades is missing at last."""
+    copytree(run.data, tmp_path / "out")
+    paths = [p for p in tmp_path.glob("out/*/*/date=*/*.parquet") if p.name.startswith(f"{run.NAME}-")]
+    copies = [path.with_name(path.name.replace(run.NAME, "other.1", 1)) for path in paths]
+    for path, copy in zip(paths, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    assert len(copies) >= len(run.feeds)
+    assert not prove(run.sim.ledger(), tmp_path / "out", feeds=run.feeds).ok, "a ticker has two connectors"
+    for connector in (run.NAME, "other"):
+        proof = prove(run.sim.ledger(), tmp_path / "out", connector=connector, feeds=run.feeds)
+        assert proof.ok, str(proof)
+        assert all(proof.compared.values())
+    spoilt = max((copy for copy in copies if copy.parts[-4] == "trades"), key=lambda copy: copy.stat().st_size)
+    pq.write_table(without(3)(pq.read_table(spoilt, partitioning=None)), spoilt)
+    assert not prove(run.sim.ledger(), tmp_path / "out", connector="other", feeds=run.feeds).ok
+    assert prove(run.sim.ledger(), tmp_path / "out", connector=run.NAME, feeds=run.feeds).ok

@@ -15,9 +15,9 @@ INTERVALS = {"1s": 1_000_000, "1m": 60_000_000}
 EPOCH = 1_795_000_000_000_000
 
 
-def market(seed: int, *tickers: str, rate: float = 100.0) -> Market:
+def market(seed: int, *tickers: str, rate: float = 100.0, intervals: dict[str, int] = INTERVALS) -> Market:
     instruments = [BinanceSpot.instrument(ticker, 1.0) for ticker in tickers]
-    return Market(seed, instruments, rate, 20, INTERVALS, EPOCH)
+    return Market(seed, instruments, rate, 20, intervals, EPOCH)
 
 
 def run(made: Market, actions: int) -> list[tuple[str, Action]]:
@@ -122,20 +122,27 @@ def test_a_real_order_takes_the_place_of_a_crossing_level() -> None:
 
 
 def test_candles_hold_exactly_their_trades() -> None:
-    made = market(3, "BTCUSDT", rate=500.0)
+    """The longer one is made of several seconds, each joined to it as it ends."""
+    made = market(3, "BTCUSDT", rate=500.0, intervals={"1s": 1_000_000, "4s": 4_000_000})
     trades, closed = [], []
     second = EPOCH + 1_000_000
-    for _ in range(5000):
+    for _ in range(10_000):
         t = EPOCH + made.next_due
         while t >= second:
-            closed += [candle for name, candle in made.candles["BTCUSDT"].roll(second) if name == "1s"]
+            closed += made.candles["BTCUSDT"].roll(second)
             second += 1_000_000
         trades += made.step(t)[1].trades
-    assert len(closed) >= 5
-    for candle in closed:
+    assert sum(name == "1s" for name, _ in closed) >= 8
+    assert sum(name == "4s" for name, _ in closed) >= 2
+    for _, candle in closed:
         inside = [t for t in trades if candle.start <= t.t < candle.end]
+        bought = [t for t in inside if t.side > 0]
         assert candle.trades == len(inside)
         assert candle.lots == sum(t.lots for t in inside)
+        assert candle.value == sum(t.price * t.lots for t in inside)
+        assert candle.coins == pytest.approx(sum(t.lots / t.price for t in inside))
+        assert candle.buy_lots == sum(t.lots for t in bought)
+        assert candle.buy_value == sum(t.price * t.lots for t in bought)
         if inside:
             assert (candle.open, candle.close) == (inside[0].price, inside[-1].price)
             assert (candle.high, candle.low) == (max(t.price for t in inside), min(t.price for t in inside))
