@@ -764,6 +764,7 @@ def test_messages_that_stand_in_no_book_are_all_there_and_what_may_be_missing_be
         for leg in legs:
             leg.leg.at(9000)
             leg.sync.snapshot(20, BASE_US + 20, [(90.0, 1.0)], [(101.0, 1.0)])
+            leg.sync.delta(21, 21, -1, BASE_US + 21, [(91.0, 1.0)], [])
         made.rest(3000)
         made.arbiter.finish()  # the snapshot has ended the doubt: nothing more to tell
     assert made.ledger("orderbook_l2") == {(12, 12): False, (14, 16 if ends == "the end" else 20): False}

@@ -122,18 +122,18 @@ def test_a_real_order_takes_the_place_of_a_crossing_level() -> None:
 
 
 def test_candles_hold_exactly_their_trades() -> None:
-    """The longer one is made of several seconds, each joined to it as it ends."""
-    made = market(3, "BTCUSDT", rate=500.0, intervals={"1s": 1_000_000, "4s": 4_000_000})
+    """The longer one is made of twenty parts, each joined to it as it ends; with this seed prices move within it."""
+    part = 50_000
+    made = market(4, "BTCUSDT", rate=500.0, intervals={"part": part, "1s": 20 * part})
     trades, closed = [], []
-    second = EPOCH + 1_000_000
-    for _ in range(10_000):
+    part_ends = EPOCH + part
+    for _ in range(5000):
         t = EPOCH + made.next_due
-        while t >= second:
-            closed += made.candles["BTCUSDT"].roll(second)
-            second += 1_000_000
+        while t >= part_ends:
+            closed += made.candles["BTCUSDT"].roll(part_ends)
+            part_ends += part
         trades += made.step(t)[1].trades
-    assert sum(name == "1s" for name, _ in closed) >= 8
-    assert sum(name == "4s" for name, _ in closed) >= 2
+    assert sum(name == "1s" for name, _ in closed) >= 5
     for _, candle in closed:
         inside = [t for t in trades if candle.start <= t.t < candle.end]
         bought = [t for t in inside if t.side > 0]
