@@ -659,6 +659,12 @@ def _print_streams(connectors: dict[str, dict[str, Any]]) -> None:
         _console().print(table)
 
 
+def _streams_text(streams: dict[str, dict[str, Any]], unwell: int) -> str:
+    """How many are well, and how many of them all have brought nothing: forced orders are rare, and nothing else tells."""
+    quiet = sum(not stream["data_ns"] for stream in streams.values())
+    return f"{len(streams) - unwell} of {len(streams)} well" + (f", {quiet} without data yet" if quiet else "")
+
+
 def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
     from rich.table import Table
 
@@ -681,7 +687,7 @@ def _print_status(found: dict[str, Any], problems: Sequence[str]) -> None:
             name,
             c["state"],
             connections,
-            f"{len(c['streams']) - len(streams_unwell(c))} of {len(c['streams'])} well",
+            _streams_text(c["streams"], len(streams_unwell(c))),
             f"{rows:,}",
             f"{c['rings']['gaps']['published']:,}",
             str(refused),

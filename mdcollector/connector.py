@@ -615,7 +615,7 @@ class Connector:
                         "first_data_ns": proof.first_data_ns,
                         "silent_ns": proof.silent_ns,
                         "refused": proof.refused,
-                        "data_ns": emit.last_row_ns(s.feed, s.ticker),
+                        "data_ns": venue.last_data_ns(s),
                     }
                     for s in venue.streams
                     if (proof := venue.proof.get(s.name)) is not None

@@ -50,7 +50,7 @@ class Subscriptions:
             state = self._venue.proof.get(stream.name)
             if state is None or state.refused:
                 continue
-            data_ns = self._emit.last_row_ns(stream.feed, stream.ticker)
+            data_ns = self._venue.last_data_ns(stream)
             self._note_data(stream, state, data_ns)
             if not may_ask or data_ns > now - self._silent_ns:
                 continue
@@ -154,7 +154,7 @@ class Subscriptions:
     def _answered(self, stream: Stream, state: StreamState, body: bytes) -> None:
         newest_us = self._venue.newest_us(stream, body)
         self._probing, now = "", time.time_ns()
-        since_ns = max(self._emit.last_row_ns(stream.feed, stream.ticker), state.requested_ns)
+        since_ns = max(self._venue.last_data_ns(stream), state.requested_ns)
         if newest_us and (newest_us - (ahead_us(self._emit) or 0)) * 1000 > since_ns + self._newer_ns:
             # What is that young may still be on its way.
             state.suspected_at_ns, state.suspect_ns = now, now + self._newer_ns
@@ -175,7 +175,7 @@ class Subscriptions:
             if stream.feed == "orderbook_l2" and stream.ticker == ticker and state is not None and self._may_ask():
                 now = time.time_ns()
                 if state.is_acknowledged and now > state.probe_ns:
-                    self._silent(stream, state, self._emit.last_row_ns(stream.feed, ticker), now)
+                    self._silent(stream, state, self._venue.last_data_ns(stream), now)
 
     def _silent(self, stream: Stream, state: StreamState, data_ns: int, now: int) -> None:
         """It is proven: take the stream anew, or when that was done already, the connection."""

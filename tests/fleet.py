@@ -84,6 +84,7 @@ class Fleet:
         self.feeds = feeds = feeds or FEEDS_OF.get(exchange, ALL_FEEDS)
         self.rings, self.data, self.config = directory / "rings", directory / "data", directory / "fleet.toml"
         self.tickers = list(tickers or TICKERS[exchange])
+        self.intervals = options.get("intervals", ())
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connectors: list[subprocess.Popen[bytes]] = []
         self.logs: list[Path] = []
@@ -296,8 +297,8 @@ class Fleet:
 
     def prove(self, *, book_stream: str = "", to_the_end: bool = False) -> Proof:
         return prove(
-            self.sim.ledger(), self.data, self.rings, self.exchange, feeds=self.feeds, book_stream=book_stream,
-            to_the_end=to_the_end,
+            self.sim.ledger(), self.data, self.rings, self.exchange, feeds=self.feeds, intervals=self.intervals,
+            book_stream=book_stream, to_the_end=to_the_end,
         )  # fmt: skip
 
     def rows(self, feed: str, name: str = NAME) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from mdcollector.errors import FrameError
 from mdcollector.exchanges import Fetch, Options, Reconnect, Stream
 from mdcollector.exchanges.binance import BinanceSpot
 from mdcollector.exchanges.deribit import Deribit
+from mdcollector.exchanges.okx import Okx
 from mdcollector.records import Exchange
 from mdcollector.subscriptions import Subscriptions
 from tools.sim.process import SimProcess
@@ -38,7 +39,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def make(exchange: str, **options: Any) -> Fleet:
-            options = {"silent_s": 1.0, "tickers": TICKERS[exchange], "feeds": FEEDS, **options}
+            options = {"silent_s": 1.0, "tickers": TICKERS.get(exchange, ()), "feeds": FEEDS, **options}
             options.setdefault("sim_tickers", ",".join(f"{ticker}:1" for ticker in options["tickers"]))
             return stack.enter_context(Fleet(tmp_path / exchange, exchange, **options))
 
@@ -130,6 +131,58 @@ def test_status_shows_what_is_not_well(start: Start) -> None:
     text = mdcollector("status", "--rings", fleet.rings).stdout
     assert [line for line in text.splitlines() if "ethusdt@bookTicker" in line and "silent for" in line], text
     assert "5 of 6 well" in text
+
+
+# Several streams bring rows of one feed and instrument: those that deliver do not hide the one that is silent
+
+SILENT_S = 3.0  # the streams below bring something each second
+SIBLINGS = [
+    ("binance_futures", "tickers", "BTCUSDT", "btcusdt@markPrice@1s", "btcusdt@ticker"),
+    ("binance_spot", "candles", "BTCUSDT", "btcusdt@kline_5m", "btcusdt@kline_1m"),
+    ("okx", "candles", "BTC-USDT-SWAP", "candle5m:BTC-USDT-SWAP", "candle1m:BTC-USDT-SWAP"),
+    ("okx", "tickers", "BTC-USDT-SWAP", "mark-price:BTC-USDT-SWAP", "tickers:BTC-USDT-SWAP"),
+    ("okx", "tickers", "BTC-USDT-SWAP", "open-interest:BTC-USDT-SWAP", "tickers:BTC-USDT-SWAP"),
+    ("okx", "tickers", "BTC-USDT-SWAP", "index-tickers:BTC-USDT", "mark-price:BTC-USDT-SWAP"),
+]
+
+
+def of_one_feed(start: Start, exchange: str, feed: str, ticker: str, silence: str) -> Fleet:
+    """A fleet on an exchange that has a fault from the begin on."""
+    options = {"feeds": (feed,), "tickers": (ticker,), "intervals": ["1m", "5m"], "silent_s": SILENT_S}
+    return start(exchange, sim=("--fault", f"silence:at=0,{silence}"), **options).start()
+
+
+@pytest.mark.parametrize(("exchange", "feed", "ticker", "silent", "sibling"), SIBLINGS)
+def test_a_silent_stream_is_found_beside_others_of_its_feed(
+    exchange: str, feed: str, ticker: str, silent: str, sibling: str, start: Start
+) -> None:
+    fleet = of_one_feed(start, exchange, feed, ticker, f"stream={silent},until=left")
+    fleet.wait_counter("stream_recovered")
+    until(lambda: not fleet.stats()["streams"][silent]["silent_ns"], fleet.brief)
+    streams = fleet.stats()["streams"]
+    assert streams[silent]["first_data_ns"] > streams[silent]["requested_ns"] > streams[sibling]["requested_ns"]
+    assert streams[sibling]["first_data_ns"] < streams[silent]["requested_ns"], "only the silent one was taken anew"
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+    assert fleet.counter("stream_silent") == fleet.counter("connections") == 1
+    gaps = {(gap["feed"], gap["ticker"]) for gap in fleet.rows("gaps") if gap["cause"] == "silent"}
+    assert gaps == {(feed, ticker)}
+
+
+def test_status_tells_streams_of_one_feed_apart(start: Start) -> None:
+    """One that stays silent on this connection has never brought anything; the other one has, a moment ago."""
+    silent, sibling = "btcusdt@markPrice@1s", "btcusdt@ticker"
+    fleet = of_one_feed(start, "binance_futures", "tickers", "BTCUSDT", f"stream={silent}")
+    fleet.wait_counter("stream_silent")
+    until(lambda: fleet.stats()["streams"][silent]["silent_ns"], fleet.brief)
+    report = json.loads(mdcollector("status", "--rings", fleet.rings, "--json").stdout)
+    streams = report["connectors"]["conn"]["streams"]
+    assert (streams[silent]["first_data_ns"], streams[silent]["data_ns"]) == (0, 0)
+    assert streams[sibling]["data_ns"] > streams[sibling]["first_data_ns"] > 0
+    assert not streams[sibling]["silent_ns"]
+    assert [p for p in report["problems"] if f"{silent}: silent for" in p]
+    assert not [p for p in report["problems"] if sibling in p]
+    assert "1 of 2 well, 1 without data yet" in mdcollector("status", "--rings", fleet.rings).stdout
 
 
 # Without a process: what REST says is judged
@@ -273,6 +326,35 @@ def test_a_block_trade_on_deribit_proves_no_silence_of_the_best_prices(tmp_path:
     book.last_id = 9
     assert venue.newest_us(streams["orderbook_l2"], body) == 0, "the book has that change"
     assert "get_order_book?instrument_name=AB" in venue.probe(streams["orderbook_l2"]).path
+    emit.close()
+
+
+@pytest.mark.parametrize(
+    ("channel", "field", "late_s"),
+    [("open-interest", "oi", 0), ("mark-price", "markPx", 0), ("index-tickers", "idxPx", 0), ("funding-rate", "fundingRate", 90)],
+)  # fmt: skip
+def test_a_mark_of_okx_that_did_not_change_is_nothing_new(
+    channel: str, field: str, late_s: int, tmp_path: Path
+) -> None:
+    """The time in REST's answer is that of the answer, so that only another number is something that did not come."""
+    emit, now_ms = Emit(tmp_path, "c", Exchange.OKX, ["tickers"], semaphore=False), 1_796_083_200_000
+    streams = {stream.name: stream for stream in Okx.streams_of("BTC-USD-SWAP", ["tickers"], Options())}
+    of = "BTC-USD" if channel == "index-tickers" else "BTC-USD-SWAP"
+    venue, stream = Okx(emit, Options(), list(streams.values())), streams[f"{channel}:{of}"]
+
+    def newest_us(number: str) -> int:
+        said = {"instId": of, field: number, "ts": str(now_ms)}
+        return venue.newest_us(stream, json.dumps({"code": "0", "msg": "", "data": [said]}).encode())
+
+    new_us = (now_ms - late_s * 1000) * 1000
+    assert newest_us("5.0") == new_us, "nothing came at all"
+    emit.packet(now_ms * 1_000_000, 0)
+    data = f'[{{"instId":"{of}","{field}":"5.0","ts":"{now_ms}"}}]'
+    venue.decode(f'{{"arg":{{"channel":"{channel}","instId":"{of}"}},"data":{data}}}'.encode())
+    assert venue.last_data_ns(stream) == now_ms * 1_000_000
+    assert [s.name for s in venue.streams if venue.last_data_ns(s)] == [stream.name], "and no other one brought it"
+    assert newest_us("5.00") == 0
+    assert newest_us("5.1") == new_us
     emit.close()
 
 

@@ -468,6 +468,15 @@ def test_rest_answers_agree_with_the_ledger(tmp_path: Path) -> None:
         assert body["data"][0]["last"] == trades[0]["px"]
         _, body = await get(sim, "public/mark-price", instType="SWAP", instId=SWAP)
         assert Decimal(body["data"][0]["markPx"]) > 0
+        _, body = await get(sim, "public/open-interest", instType="SWAP", instFamily=SPOT, instId=SWAP)
+        assert Decimal(body["data"][0]["oi"]) > 0
+        _, body = await get(sim, "public/funding-rate", instId=SWAP)
+        assert Decimal(body["data"][0]["fundingRate"]) > 0
+        _, body = await get(sim, "market/index-tickers", instId=SPOT)
+        assert Decimal(body["data"][0]["idxPx"]) > 0
+        assert (await get(sim, "public/funding-rate", instId=SPOT))[1]["data"] == []
+        assert (await get(sim, "public/open-interest", instType="OPTION", instId=SWAP))[1]["code"] == "50015"
+        assert (await get(sim, "market/index-tickers", instId="NO-USD"))[1]["code"] == "51001"
 
     with SimProcess(VENUE, *FAST, ledger=tmp_path / "l") as sim:
         within(talk(sim))

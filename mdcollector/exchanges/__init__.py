@@ -133,6 +133,7 @@ class StreamState(msgspec.Struct):
     requested_ns: int = 0
     acknowledged_ns: int = 0
     refused: str = ""
+    data_ns: int = 0  # its last rows, where the rings do not show them: see `Venue.watched`
     first_data_ns: int = 0  # since it was requested
     silent_ns: int = 0  # last data before a silence that is proven to be none of the market's; 0 = it delivers
     asked: int = 0  # requests without an acknowledgement
@@ -184,6 +185,7 @@ class Venue(ABC):
         self.proof = {stream.name: StreamState() for stream in streams}
         self._tickers = {stream.name: stream.ticker for stream in streams}
         self._wanted = {stream.ticker for stream in self.streams}
+        self._sharing = _sharing(self.streams)
         self._routes: dict[bytes, Decode] = {}
         self.decode = self._router()
         self.wants: deque[Want] = deque()
@@ -289,6 +291,7 @@ class Venue(ABC):
             self.proof[stream.name] = StreamState(requested_ns=now_ns, hole_us=before_us, hole_cause="listing")
         self._tickers |= {stream.name: stream.ticker for stream in streams}
         self._wanted = {stream.ticker for stream in self.streams}
+        self._sharing = _sharing(self.streams)
         self._routes.clear()  # they may lead to the book of an earlier listing
         self._streams_changed((), ())
         if connected and fresh:
@@ -309,6 +312,7 @@ class Venue(ABC):
             self.proof.pop(name, None)
             self.notes.pop(f"refused {name}", None)
         self._wanted = {stream.ticker for stream in self.streams}
+        self._sharing = _sharing(self.streams)
         for ticker in tickers:
             if (book := self.books.pop(ticker, None)) is not None:
                 for _ in book.flush():
@@ -357,6 +361,31 @@ class Venue(ABC):
         handle(frame)
         if self.KNOWN_FIELDS:
             self._look_for_new_fields(frame)
+
+    def watched(self, name: str, handle: Decode) -> Decode:
+        """`handle`, the decoder of a stream, as it is; or so that it notes when the stream brings rows.
+
+        It does so where several streams bring rows of one feed and instrument (statistics and marks, intervals of
+        candles), since the rings do not tell them apart. Trades, books and best prices have one stream and cost nothing.
+        """
+        feed = self._sharing.get(name)
+        if feed is None:
+            return handle
+        emit, ring, state = self.emit, self.emit.rings[feed], self.proof[name]
+
+        def noting(frame: bytes) -> None:
+            before = ring.next
+            handle(frame)
+            if ring.next != before:
+                state.data_ns = emit.rcv_us * 1000
+
+        return noting
+
+    def last_data_ns(self, stream: Stream) -> int:
+        """When this stream brought rows last; 0 = it has not yet."""
+        if stream.name in self._sharing:
+            return self.proof[stream.name].data_ns
+        return self.emit.last_row_ns(stream.feed, stream.ticker)
 
     def _look_for_new_fields(self, frame: bytes) -> None:
         """Venues add fields without notice: once per stream and connection, names that are not known are told."""
@@ -557,6 +586,14 @@ class Venue(ABC):
             self.subscribe(names[half:])
         else:
             self.refuse(names, reason)
+
+
+def _sharing(streams: Iterable[Stream]) -> dict[str, str]:
+    """Streams that are not the only one to bring rows of their feed and instrument -> that feed."""
+    names: dict[tuple[str, str], set[str]] = {}
+    for stream in streams:
+        names.setdefault((stream.feed, stream.ticker), set()).add(stream.name)
+    return {name: feed for (feed, _), together in names.items() if len(together) > 1 for name in together}
 
 
 def decode_body(decode: Callable[[bytes], _Body], body: bytes) -> _Body:

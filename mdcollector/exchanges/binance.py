@@ -409,7 +409,7 @@ class Binance(Venue):
             if envelope.stream == "!serverShutdown":
                 self.wants.append(Reconnect("server_shutdown", overlap=True))
                 return
-            self.take_route(frame, self._handler(envelope.stream))
+            self.take_route(frame, self.watched(envelope.stream, self._handler(envelope.stream)))
         elif envelope.e == "serverShutdown":
             self.wants.append(Reconnect("server_shutdown", overlap=True))
         elif len(envelope.result) or envelope.code is not None or len(envelope.error):

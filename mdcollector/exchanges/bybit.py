@@ -498,7 +498,7 @@ class Bybit(Venue):
         if envelope.topic:
             handle = self._handlers.get(envelope.topic)
             if handle is None:
-                handle = self._handler(envelope.topic)
+                handle = self.watched(envelope.topic, self._handler(envelope.topic))
                 if len(self._handlers) < ROUTES_MAX:
                     self._handlers[envelope.topic] = handle
                 self.take_route(frame, handle)

@@ -415,7 +415,7 @@ class Deribit(Venue):
         envelope = _decode_envelope(frame)
         if envelope.method == "subscription":
             name = envelope.params.channel
-            self.take_route(frame, self._handler(name))
+            self.take_route(frame, self.watched(name, self._handler(name)))
         elif envelope.method == "heartbeat":
             if envelope.params.type == "test_request":
                 self._call("public/test", {}, urgent=True)

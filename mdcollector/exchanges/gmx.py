@@ -14,6 +14,7 @@ that a candle is closed, the row above it does. Answers say how old they are, so
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -270,7 +271,8 @@ class Gmx(Venue):
         parts = urlsplit(url)
         if parts.path.endswith(_CANDLES):
             query = parse_qs(parts.query)
-            self._on_candles(query.get("tokenSymbol", [""])[0], query.get("period", [""])[0], body)
+            ticker, interval = query.get("tokenSymbol", [""])[0], query.get("period", [""])[0]
+            self.watched(_candles_path(ticker, interval), partial(self._on_candles, ticker, interval))(body)
         elif parts.path.endswith(_TICKERS):
             self._on_prices(body)
         elif parts.path.endswith(_TOKENS):

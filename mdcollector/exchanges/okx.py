@@ -63,6 +63,8 @@ _NOT_NOW_S = {"50011": 2.0, "50013": 2.0, "50001": 10.0, "50026": 10.0}
 LOGIN_AGAIN_NS = 10_000_000_000  # after one that came too soon
 _NOT_YET, _TOO_FREQUENT, _UPGRADE = "60011", "60014", "64008"
 _TBT, _BOOKS = "books-l2-tbt", "books"
+_MARKS = ("tickers", "mark-price", "open-interest", "index-tickers", "funding-rate")
+_FUNDING_WITHIN_US = 90_000_000  # a funding rate is pushed each 30 to 90 s, whether it changed or not; 2026
 _TBT_REFUSED = (_NOT_YET, "60029", "64003")  # login needed, tier too low
 _ARG_IN_TEXT = re.compile(r"channel:\s*([\w-]+)\s*,\s*inst(?:Id|Type|Family):\s*([\w-]+)")
 _PUSH_TIME = re.compile(rb'"ts":"\d+"')
@@ -247,7 +249,7 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
 _decode_instruments = msgspec.json.Decoder(list[_Instrument]).decode
 _decode_times = msgspec.json.Decoder(list[_Time]).decode
-_decode_newest = msgspec.json.Decoder(list[dict[str, Any] | list[str]]).decode
+_decode_rest_marks = msgspec.json.Decoder(list[Marks], strict=False).decode
 
 
 def follows(last_id: int, _first: int, last: int, prev: int) -> int:
@@ -299,6 +301,22 @@ def _side(text: str) -> int:
     if side is None:
         raise FrameError("unknown_side", text)
     return side
+
+
+def _said(m: Marks, ticker: str, channel: str) -> dict[str, float]:
+    """Column -> number, of those that a channel of marks has said."""
+    spot = is_spot(ticker)
+    texts = {"index_price": m.idxPx} if channel == "index-tickers" else {
+        "last": m.last, "open_24h": m.open24h, "high_24h": m.high24h, "low_24h": m.low24h,
+        "volume_24h": m.vol24h if spot else m.volCcy24h, "quote_volume_24h": m.volCcy24h if spot else "",
+        "bid_price": m.bidPx, "ask_price": m.askPx, "mark_price": m.markPx, "open_interest": m.oi,
+        "funding_rate": m.fundingRate,
+    }  # fmt: skip
+    return {column: _number(text) for column, text in texts.items() if text}
+
+
+def _name_of(arg: _Arg) -> str:
+    return f"{arg.channel}:{arg.instId or arg.instType}"
 
 
 def _arg_of(name: str) -> dict[str, str]:
@@ -385,11 +403,14 @@ class Okx(Venue):
         self._resubscribed_ns = 0
         self._texts: dict[str, TextBook] = {}
         self._newest: dict[str, int] = {}  # ticker -> time of the newest book message without seqId
+        self._last_said: dict[str, dict[str, float]] = {}  # stream of marks -> its last numbers
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
 
     def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
         self._routes.clear()  # they may write rows of what is gone, from a stream that others share
+        for name in left:
+            self._last_said.pop(name, None)
         for ticker in gone:
             self._texts.pop(ticker, None)
             self._newest.pop(ticker, None)
@@ -575,7 +596,7 @@ class Okx(Venue):
         if envelope.event:
             self._event(envelope)
         elif envelope.arg is not None and len(envelope.data):
-            self.take_route(frame, self._handler(envelope.arg))
+            self.take_route(frame, self.watched(_name_of(envelope.arg), self._handler(envelope.arg)))
         else:
             raise FrameError("unhandled_event")
 
@@ -589,7 +610,7 @@ class Okx(Venue):
     def _event(self, envelope: _Envelope) -> None:
         event, arg = envelope.event, envelope.arg
         if event == "subscribe" and arg is not None:
-            name = f"{arg.channel}:{arg.instId or arg.instType}"
+            name = _name_of(arg)
             self.acknowledge([name], time.time_ns())
             self._answered(name)
         elif event == "login":
@@ -666,11 +687,11 @@ class Okx(Venue):
 
     def _handler(self, arg: _Arg) -> Callable[[bytes], None]:
         """What decodes the pushes of a channel; FrameError when its instrument or kind is not wanted."""
-        channel = arg.channel
+        channel, name = arg.channel, _name_of(arg)
         if channel == "liquidation-orders":
-            return self._on_liquidations(f"{channel}:{arg.instType}")
-        if channel == "index-tickers":
-            return self._on_marks(self._served(f"{channel}:{arg.instId}") or [arg.instId], channel)
+            return self._on_liquidations(name)
+        if channel in _MARKS:
+            return self._on_marks(name, self._served(name) or [arg.instId], channel)
         makers = {
             "trades": self._on_trades, "trades-all": self._on_trades, _BOOKS: self._on_book, _TBT: self._on_book,
             "bbo-tbt": self._on_best,
@@ -678,8 +699,6 @@ class Okx(Venue):
         if channel in makers:
             self.admit(arg.instId)
             return makers[channel](arg.instId)
-        if channel in ("tickers", "mark-price", "open-interest", "funding-rate"):
-            return self._on_marks([arg.instId], channel)
         interval = _INTERVALS.get(channel.removeprefix("candle")) if channel.startswith("candle") else None
         if interval is None:
             raise FrameError("unhandled_channel", channel)
@@ -819,27 +838,21 @@ class Okx(Venue):
 
         return on_best
 
-    def _on_marks(self, tickers: Sequence[str], channel: str) -> Callable[[bytes], None]:
+    def _on_marks(self, name: str, tickers: Sequence[str], channel: str) -> Callable[[bytes], None]:
         """One row for each push, with what it says; nothing is carried over from other channels."""
         for ticker in tickers:
             self.admit(ticker)
         instruments = [self.emit.instrument(ticker) for ticker in tickers[:INDEX_TICKERS_MAX]]
-        spot, is_index = is_spot(tickers[0]), channel == "index-tickers"
 
         def on_marks(frame: bytes) -> None:
             data = _decode_marks(frame).data
             if not data:
                 self._no_data(frame)
             for m in data:
-                texts = {"index_price": m.idxPx} if is_index else {
-                    "last": m.last, "open_24h": m.open24h, "high_24h": m.high24h, "low_24h": m.low24h,
-                    "volume_24h": m.vol24h if spot else m.volCcy24h, "quote_volume_24h": m.volCcy24h if spot else "",
-                    "bid_price": m.bidPx, "ask_price": m.askPx, "mark_price": m.markPx, "open_interest": m.oi,
-                    "funding_rate": m.fundingRate,
-                }  # fmt: skip
-                given = {name: _number(text) for name, text in texts.items() if text}
+                given = _said(m, tickers[0], channel)
                 if not given:
                     raise FrameError("nothing_given", channel)
+                self._last_said[name] = given
                 funding_time = _time_us(m.fundingTime)
                 for instrument in instruments:
                     self.emit.ticker(instrument, m.ts * 1000, next_funding_time=funding_time, **given)
@@ -934,20 +947,25 @@ class Okx(Venue):
         self.notes[f"{fetch.key.split(' ')[1]} repair refused"] = f"HTTP {status} {body[:200].decode(errors='replace')}"
 
     def probe(self, stream: Stream) -> Fetch | None:
+        """A trade changes the candles, too. Of forced orders REST does not tell which of them the channel brings."""
         channel, _, of = stream.name.partition(":")
+        kind, family = _kind_of(stream.ticker), "-".join(stream.ticker.split("-")[:2])
+        trades = "market/trades?limit=1"
         path = {
-            "trades": "market/trades?limit=1", "trades-all": "market/trades?limit=1", _BOOKS: "market/books?sz=1",
-            _TBT: "market/books?sz=1", "bbo-tbt": "market/books?sz=1", "tickers": "market/ticker?",
-            "mark-price": f"public/mark-price?instType={_kind_of(stream.ticker)}",
-        }.get(channel)  # fmt: skip
-        if channel.startswith("candle"):
-            path = f"market/candles?bar={channel.removeprefix('candle')}&limit=1"
+            "trades": trades, "trades-all": trades, _BOOKS: "market/books?sz=1", _TBT: "market/books?sz=1",
+            "bbo-tbt": "market/books?sz=1", "tickers": "market/ticker?", "index-tickers": "market/index-tickers?",
+            "mark-price": f"public/mark-price?instType={kind}", "funding-rate": "public/funding-rate?",
+            "open-interest": f"public/open-interest?instType={kind}&instFamily={family}",
+        }.get("trades" if channel.startswith("candle") else channel)  # fmt: skip
         return Fetch(f"probe {stream.name}", f"/api/v5/{path}&instId={quote(of)}", 1) if path else None
 
     def newest_us(self, stream: Stream, body: bytes) -> int:
-        rows = decode_body(_decode_newest, _data_of(body))
-        times = [str(row.get("ts", "")) if isinstance(row, dict) else "".join(row[:1]) for row in rows]
-        return max((_time_us(text) for text in times if text), default=0)
+        channel, rows = stream.name.partition(":")[0], decode_body(_decode_rest_marks, _data_of(body))
+        if channel in _MARKS:  # the time of most of them is that of the answer: only another number is something new
+            before = self._last_said.get(stream.name)
+            rows = [row for row in rows if _said(row, stream.ticker, channel) != before]
+        newest = max((row.ts * 1000 for row in rows), default=0)
+        return max(0, newest - _FUNDING_WITHIN_US) if channel == "funding-rate" else newest
 
 
 def _info(i: _Instrument) -> InstrumentInfo:

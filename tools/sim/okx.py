@@ -76,7 +76,7 @@ class _Name:
         self.waiting = {channel: _Waiting(book.engine_id) for channel in BOOK_EVERY_US}
         self.ticker_dirty = self.chart_dirty = False
         self.marked: dict[str, str] = {}  # channel -> what it told last
-        self.told_us: dict[str, int] = {}  # channel -> when; for answers that say how old they are
+        self.ticker_us = 0  # when its statistics were told last
         self.last_price = book.instrument.start
         self.fills = 0
 
@@ -427,7 +427,7 @@ class Okx(Venue):
         for name in self.names.values():
             if name.ticker_dirty:
                 name.ticker_dirty = False
-                words, name.told_us["tickers"] = self._ticker_words(name, t), t
+                words, name.ticker_us = self._ticker_words(name, t), t
                 self._mark_line("ticker", name, t, self._ticker_truth(name, words))
                 self._tell("tickers", name, _json(words))
 
@@ -440,7 +440,7 @@ class Okx(Venue):
             indices[_underlying(name.instrument)].append(name)
             for channel, words in self._marks(name, t).items():
                 if channel != "index-tickers" and name.marked.get(channel) != (told := _json(words)):
-                    name.marked[channel], name.told_us[channel] = told, t
+                    name.marked[channel] = told
                     self._mark_line("ticker", name, t, words)
                     self._tell(channel, name, _json(words | {"ts": str(t // 1000)}))
         for uly, names in indices.items():
@@ -696,9 +696,16 @@ class Okx(Venue):
             "market/trades": self._trades,
             "market/history-trades": self._trades,
             "market/candles": self._candles,
-            "market/ticker": lambda name, _query: [self._ticker_words(name, name.told_us.get("tickers", 0))],
-            "public/mark-price": self._mark_price,
+            "market/ticker": lambda name, _query: [self._ticker_words(name, name.ticker_us)],
+            "public/mark-price": self._told("mark-price"),
+            "public/open-interest": self._told("open-interest"),
+            "public/funding-rate": self._told("funding-rate"),
         }
+        if endpoint == "market/index-tickers":
+            return self._index_tickers(request.query.get("instId", ""))
+        of_options = endpoint == "public/open-interest" and request.query.get("instType") == "OPTION"
+        if of_options and not request.query.get("instFamily"):
+            return Reply(_answer("50015", "Either parameter uly or instFamily is required"), 400)
         if endpoint not in handlers and endpoint != "market/books":
             return Reply(_answer("404", "Not Found"), 404)
         name = self.names.get(request.query.get("instId", ""))
@@ -715,11 +722,22 @@ class Okx(Venue):
         ts = str(name.waiting[SLOW].published_us // 1000)
         return Reply(_answer("0", "", [{**sides, "ts": ts, "seqId": engine_id - name.base}]))
 
-    def _mark_price(self, name: _Name, _query: Mapping[str, str]) -> list[Any]:
-        if name.type == "SPOT":
-            return []
-        ts = str(name.told_us.get("mark-price", 0) // 1000)
-        return [{**self._marks(name, self.exchange.t)["mark-price"], "ts": ts}]
+    def _told(self, channel: str) -> Callable[[_Name, Mapping[str, str]], list[Any]]:
+        """What a channel of marks says of a contract; its time is that of the answer."""
+
+        def told(name: _Name, query: Mapping[str, str]) -> list[Any]:
+            marks = {} if name.type == "SPOT" else self._marks(name, self.exchange.t)
+            if channel not in marks or query.get("instType", name.type) != name.type:
+                return []
+            return [marks[channel] | {"ts": str(self.exchange.clock_us() // 1000)}]
+
+        return told
+
+    def _index_tickers(self, uly: str) -> Reply:
+        if not self._exists(PUBLIC, "index-tickers", uly, ""):
+            return Reply(_answer("51001", "Instrument ID, Instrument ID code, or Spread ID doesn't exist."))
+        words = {"instId": uly, "idxPx": self._index_of(uly), "ts": str(self.exchange.clock_us() // 1000)}
+        return Reply(_answer("0", "", [words]))
 
     def _instruments(self, query: Mapping[str, str]) -> Reply:
         kind, family = query.get("instType", ""), query.get("instFamily", query.get("uly", ""))
