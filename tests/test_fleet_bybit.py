@@ -431,6 +431,25 @@ def test_too_many_visits_in_the_body_of_an_answer(start: Start) -> None:
     assert not fleet.sim.summary["violations"]
 
 
+@pytest.mark.parametrize("code", [10016, 10429])
+def test_a_venue_that_has_no_time_is_left_alone_for_a_while(start: Start, code: int) -> None:
+    """F4. Server error and system protection come with status 200: one request, a pause, then the hole is repaired."""
+    fleet = start("linear", clock_s=3600.0)
+    until(lambda: fleet.stats()["clock"].get("source"), "the venue was asked for its time")
+    before = fleet.counter("http_requests")
+    fleet.sim.fault("ban", seconds=8, status=code)
+    fleet.sim.fault("disconnect")
+    fleet.wait_counter("http_rate_limited")
+    fleet.wait_live()
+    until(fleet.trades_are_proven, lambda: f"proven in the end; {fleet.brief()}", WITHIN_S)
+    assert fleet.counters("refused_") == {}
+    assert fleet.counter("trade_repair_refused") == 0
+    assert fleet.counter("http_rate_limited") == 1, "nobody asked again before the venue had time"
+    assert fleet.counter("http_requests") - before >= 1 + len(fleet.tickers)
+    proof = agrees(fleet)
+    assert not trade_holes(proof), str(proof)
+
+
 def test_a_stopped_process_is_pinged_again(start: Start) -> None:
     """The venue ends a connection that is silent too long; the process stood still, then it goes on."""
     fleet = start("inverse", sim=("--limit", "ping_within_s=24"), feeds=("trades", "orderbook_l2"))

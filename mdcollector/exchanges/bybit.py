@@ -39,7 +39,9 @@ REPLY_WITHIN_NS = 60_000_000_000  # a request that nobody answered is forgotten
 RESUBSCRIBE_EVERY_NS = 500_000_000  # topics that need a snapshot are resubscribed together
 RESUBSCRIBE_RETRY_NS = 15_000_000_000  # a snapshot that did not come is asked for again
 BANNED_S = 600.0  # HTTP 403 "access too frequent": stop, and wait for at least 10 minutes; rate-limit page, 2026-07
-TOO_MANY_VISITS, TOO_MANY_VISITS_S = 10006, 5.0  # retCode; limits count per second, the reset time is in a header
+# Values of retCode under HTTP 200 that mean "not now", and how long nobody asks: too many visits (limits count per second;
+# the header with the reset time is that of an account); server error; system protection. error page, 2026-07
+_NOT_NOW_S = {10006: 5.0, 10016: 10.0, 10429: 10.0}
 INSTRUMENTS_PER_PAGE = 1000
 OPTION_COINS = ("BTC", "ETH", "SOL")  # options are listed one base coin at a time; other coins [not confirmed]
 OLD_RUN_MAX = 100  # so many old messages in a row: then it is the own sequence that is wrong, and the next one is taken
@@ -275,8 +277,8 @@ def _row(timestamp_ms: int, side: str, price: float, qty: float, trade_id: str) 
 def _checked_body(body: bytes) -> bytes:
     """The body of an answer that went well; RateLimited or FrameError when the venue says otherwise."""
     status = decode_body(_decode_status, body)
-    if status.retCode == TOO_MANY_VISITS:
-        raise RateLimited(TOO_MANY_VISITS_S, f"retCode {status.retCode} {status.retMsg}")
+    if status.retCode in _NOT_NOW_S:
+        raise RateLimited(_NOT_NOW_S[status.retCode], f"retCode {status.retCode} {status.retMsg}")
     if status.retCode:
         raise FrameError("venue_error", f"retCode {status.retCode} {status.retMsg}")
     return body

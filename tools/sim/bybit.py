@@ -19,6 +19,7 @@ from tools.sim.server import Exchange, Level, Reply, Request, Session, Venue, Wi
 
 MINUTE_US = 60_000_000
 MS_US = 1000
+NOT_NOW = {10006: "Too many visits!", 10016: "Server error", 10429: "System level frequency protection"}  # retCode
 REPEAT_US = 3_000_000  # best prices that do not change are told again after so long
 FORCED_EVERY = 5  # one taker order in so many is called a liquidation
 FUNDING_US = 8 * 3600 * 1_000_000
@@ -593,6 +594,9 @@ class _Category(Venue):
     # HTTP.
 
     def ban_reply(self, status: int, retry_after_s: int) -> Reply:
+        """A status of HTTP, or the venue's own code under 200, where nothing says how long to wait."""
+        if status in NOT_NOW:
+            return self._answer(status, NOT_NOW[status], {})
         headers = {} if status == 403 else {"Retry-After": str(retry_after_s)}
         return Reply('"access too frequent"', status, headers)
 
@@ -610,7 +614,7 @@ class _Category(Venue):
         visits = self.visits.setdefault(ip, Window(limits["visits_max"], limits["visits_window_s"]))
         if not visits.allow(now_s):
             self.exchange.counts["visits_refused"] += 1
-            return self._answer(10006, "Too many visits!", {})
+            return self.ban_reply(10006, 0)
         return None
 
     def _answer(self, code: int, text: str, result: object) -> Reply:

@@ -53,7 +53,11 @@ KINDS: dict[str, Kind] = {
     ),
     "no_heartbeat_answer": Kind(WINDOW, "the client's pings and tests stay unanswered, and the server sends none"),
     "clock_skew": Kind(WINDOW, "the exchange's clock is ms milliseconds off", {"ms": 2000}),
-    "ban": Kind(WINDOW, "REST answers `status` with Retry-After until the window ends", {"status": 418}),
+    "ban": Kind(
+        WINDOW,
+        "REST answers `status` with Retry-After until the window ends; or the venue's own code, where that is in the body",
+        {"status": 418},
+    ),
     "slow_rest": Kind(REQUEST, "a REST answer comes ms milliseconds late", {"ms": 2000}),
     "stale_rest": Kind(WINDOW, "REST answers stay what they were before the window began"),
     "rest_error": Kind(REQUEST, "a REST request fails with `status`", {"status": 503}),
