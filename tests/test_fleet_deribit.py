@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -180,6 +181,33 @@ def test_10028_ends_the_session_and_the_next_one_is_slower(start: Start) -> None
     assert waited_us >= 10_000_000, "the pool was given time to refill"
     proof = fleet.finish(to_the_end=False)  # too few trades for every instrument to show its hole
     assert proof.ok, str(proof)
+
+
+def test_missing_events_on_200_books_at_once(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """F3. All books break in the same moment: they leave and take their channels together, within the pool of credits."""
+    tickers = [f"T{n:03d}_USDC-PERPETUAL" for n in range(200)]
+    names, feeds = ",".join(f"{ticker}:1" for ticker in tickers), ("trades", "orderbook_l2")
+    with Fleet(tmp_path, "deribit", tickers=["T*"], sim_tickers=names, rate=2, feeds=feeds) as fleet:
+        fleet.writer, fleet.connector = fleet.write(), fleet.connect()
+        until(lambda: fleet.stats().get("books") == 200, lambda: f"200 books; {fleet.brief()}", 120)
+        fleet.settle(120)
+        before = fleet.sim.state()["connections"][0]["received"]["text"]
+        fleet.sim.pause()
+        for ticker in tickers:
+            fleet.sim.fault("gap", stream="book.", ticker=ticker, n=2)
+        began = time.monotonic()
+        fleet.sim.resume()
+        until(lambda: fleet.counter("gap_orderbook_l2_sequence") == 200, fleet.brief, 120)
+        fleet.settle(120)
+        record_property("resync_of_200_books_s", time.monotonic() - began)
+        state = fleet.sim.state()
+        assert all(fault["fired"] == 1 for fault in state["faults"])
+        assert state["connections"][0]["received"]["text"] - before < len(tickers), "two for each would be 400"
+        assert not state["violations"]
+        assert fleet.counter("venue_rate_limited") == 0
+        assert fleet.counter("connections") == 1
+        proof = fleet.finish(to_the_end=False)
+        assert proof.ok, str(proof)
 
 
 def test_unknown_channels_are_refused_one_by_one(start: Start) -> None:
