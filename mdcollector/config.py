@@ -30,6 +30,12 @@ CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container"
 CONTAINER_VARIABLES = ("container", "KUBERNETES_SERVICE_HOST")
 
 
+def connector_of(process: str) -> str:
+    """NAME of a connection NAME.1, NAME.2, ...; of any other process its own name."""
+    name, _, number = process.rpartition(".")
+    return name if name and number.isdecimal() else process
+
+
 class ConnectorConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """`[connectors.NAME]`: one exchange connection, or as many as its instruments need."""
 
@@ -281,7 +287,7 @@ def _check_arbiter(where: str, name: str, arbiter: ArbiterConfig, connectors: Ma
         raise ConfigError(f"{where}.legs = {arbiter.legs!r}: expected two or more different connectors of {known}")
     legs = []
     for leg in arbiter.legs:
-        found = connectors.get(leg) or connectors.get(leg.rpartition(".")[0])
+        found = connectors.get(connector_of(leg))
         if found is None:
             raise ConfigError(f"{where}.legs = {leg!r}: no such connector; there are {known}")
         legs.append(found)
@@ -302,17 +308,17 @@ def _check_arbiter(where: str, name: str, arbiter: ArbiterConfig, connectors: Ma
 
 
 def _check_names(path: Path, fleet: FleetConfig) -> None:
-    """Each process has a name of its own, also the connections NAME.1, NAME.2, ... of a connector."""
+    """Each process has a name of its own, and what is called NAME.1, NAME.2, ... is a connection of a connector."""
     seen: dict[str, str] = {}
     for kind in ("connectors", "arbiters", "writers"):
         for name in getattr(fleet, kind):
             if name in seen:
                 raise ConfigError(f"{path}: {kind}.{name}: {seen[name]} has this name too; choose another one")
             seen[name] = f"{kind}.{name}"
-    for name, where in seen.items():
-        before, _, number = name.rpartition(".")
-        if before in fleet.connectors and number.isdecimal():
-            raise ConfigError(f"{path}: {where}: connectors.{before} calls its connections so; choose another name")
+            if connector_of(name) != name:  # also without a connector NAME: stored rows are told apart by this alone
+                raise ConfigError(
+                    f"{path}: {kind}.{name}: a connector {connector_of(name)} calls its connections so; choose another name"
+                )
 
 
 def _check_drains(path: Path, fleet: FleetConfig) -> None:

@@ -1,8 +1,9 @@
 """Verify: proves from the files alone what a tree holds, ticker by ticker and hour by hour. Run by `mdcollector verify`.
 
-Every file is read with its checksums and compared with its name. Every stream (connector and feed) must be one line of
-seq_ids; every trade counter must be without holes; every book message must be whole and in order. What is missing must
-be in the table `gaps`, where a later row with the same feed, ticker and ids replaces an earlier one:
+Every file is read with its checksums and compared with its name. Every stream (process and feed) must be one line of
+seq_ids; every trade counter of a connector must be without holes, also where a ticker went from one of its connections
+to another; every book message must be whole and in order. What is missing must be in the connector's rows of the table
+`gaps`, where a later row with the same feed, ticker and ids replaces an earlier one:
 
     lapped, damaged    local rows that the writer lost (ids are seq_ids); they also explain what is missing around them
     anything else      ids of the exchange; a row that says `repaired` explains nothing, its ids must be there
@@ -28,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mdcollector.config import connector_of
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, StorageError
 from mdcollector.records import GAPS, Flag
 from mdcollector.sinks import DAY_US, LEDGER_MARK
@@ -92,8 +94,22 @@ class Report:
         return {**asdict(self), "exit_code": self.exit_code}
 
 
-Place = tuple[str, str, str]  # exchange, connector, feed
-Position = tuple[int, int]  # epoch, seq_id: in this order rows were written
+Place = tuple[str, str, str]  # exchange, process that collected it or the connector that the process is of, feed
+SEQ_END = 1 << 63
+
+
+class _Position(NamedTuple):
+    """Of a row; in this order the rows of a process were written."""
+
+    epoch: int
+    seq_id: int
+    process: str
+
+
+def _of_connector(place: Place) -> Place:
+    """The place of all connections of a connector together."""
+    exchange, process, feed = place
+    return exchange, connector_of(process), feed
 
 
 class _Gap(NamedTuple):
@@ -107,12 +123,12 @@ class _Gap(NamedTuple):
 
 
 class _Ledger:
-    """The table `gaps`: the newest version of every row."""
+    """The table `gaps`: the newest version of every row. What one connector missed says nothing of another one."""
 
     def __init__(self) -> None:
         self._lost: dict[Place, list[tuple[int, int, int]]] = defaultdict(list)  # epoch, first and last seq_id
-        self._newest: dict[tuple[str, str, str, int | None, int | None, int], tuple[tuple[int, int, int], _Gap]] = {}
-        self._gaps: dict[tuple[str, str, str], list[_Gap]] = defaultdict(list)
+        self._newest: dict[tuple[Place, str, int | None, int | None, int], tuple[tuple[int, int, int], _Gap]] = {}
+        self._gaps: dict[tuple[Place, str], list[_Gap]] = defaultdict(list)
 
     def add(self, file: StoredFile, table: pa.Table) -> None:
         times = {name: _micros(table[name]).tolist() for name in ("rcv_timestamp", "from_time", "to_time")}
@@ -120,27 +136,36 @@ class _Ledger:
         rows = zip(*(table[name].to_pylist() for name in columns), *times.values(), strict=True)
         for feed, ticker, first, last, repaired, seq, rcv_us, from_us, to_us in rows:
             if LEDGER_MARK in file.connector:  # the writer's own: local rows
-                connector = file.connector.rpartition(LEDGER_MARK)[0]
-                self._lost[file.exchange, connector, feed].append((file.epoch, first, last))
+                process = file.connector.rpartition(LEDGER_MARK)[0]
+                self._lost[file.exchange, process, feed].append((file.epoch, first, last))
                 continue
             # Where a feed has no ids it is the time that tells one hole from another.
-            key = (file.exchange, feed, ticker, first, last, to_us if first is None else 0)
+            place = _of_connector((file.exchange, file.connector, feed))
+            key = (place, ticker, first, last, to_us if first is None else 0)
             age = (rcv_us, file.epoch, seq)
             if key not in self._newest or age >= self._newest[key][0]:
                 self._newest[key] = age, _Gap(first, last, from_us, to_us, repaired)
 
     def close(self) -> None:
         """All rows are in."""
-        for (exchange, feed, ticker, *_), (_, gap) in self._newest.items():
-            self._gaps[exchange, feed, ticker].append(gap)
+        for (place, ticker, *_), (_, gap) in self._newest.items():
+            self._gaps[place, ticker].append(gap)
 
     def gaps(self, place: Place, ticker: str) -> list[_Gap]:
-        """What is said of one ticker."""
-        return self._gaps.get((place[0], place[2], ticker), [])
+        """What a connector says of one ticker."""
+        return self._gaps.get((_of_connector(place), ticker), [])
 
-    def lost_between(self, place: Place, low: Position, high: Position) -> bool:
-        """The writer lost rows between two rows of a stream."""
-        return any((epoch, last) > low and (epoch, first) < high for epoch, first, last in self._lost.get(place, ()))
+    def lost_between(self, place: Place, low: _Position, high: _Position) -> bool:
+        """The writer lost rows between two rows; of different processes, behind the one or before the other."""
+        exchange, _, feed = place
+        ways = [(low, high)]
+        if low.process != high.process:  # in the same life, for others say nothing of how these two are joined
+            ways = [(low, low._replace(seq_id=SEQ_END)), (high._replace(seq_id=-1), high)]
+        return any(
+            (epoch, last) > after[:2] and (epoch, first) < before[:2]
+            for after, before in ways
+            for epoch, first, last in self._lost.get((exchange, after.process, feed), ())
+        )
 
     def lost_rows(self, place: Place, epochs: range, first: int, last: int) -> int:
         """How many of the rows first..last the writer says it lost."""
@@ -171,14 +196,14 @@ class _Span:
 
     first: int
     last: int
-    first_at: Position
-    last_at: Position
+    first_at: _Position
+    last_at: _Position
     first_us: int
     last_us: int
 
 
 class _Trades:
-    """The trade counters of one ticker in one stream, in spans: one as long as nothing is missing."""
+    """The trade counters of one ticker of one connector, in spans: one as long as nothing is missing."""
 
     def __init__(self) -> None:
         self.spans: list[_Span] = []
@@ -201,7 +226,7 @@ class _Book:
 
     __slots__ = ("at", "update_id")
 
-    def __init__(self, update_id: int, at: Position) -> None:
+    def __init__(self, update_id: int, at: _Position) -> None:
         self.update_id, self.at = update_id, at
 
 
@@ -351,6 +376,7 @@ class _Verifier:
         column = table["trade_seq"]
         if column.null_count == len(column):
             return None
+        process, place = place[1], _of_connector(place)
         counters: Values = pc.fill_null(column, -1).to_numpy()
         rows = np.flatnonzero(counters >= 0)
         order = rows[np.lexsort((counters[rows], codes[rows]))]
@@ -365,8 +391,8 @@ class _Verifier:
             span = _Span(
                 int(ids[low]),
                 int(ids[high - 1]),
-                (epoch, int(seqs[a])),
-                (epoch, int(seqs[b])),
+                _Position(epoch, int(seqs[a]), process),
+                _Position(epoch, int(seqs[b]), process),
                 int(times[a]),
                 int(times[b]),
             )
@@ -391,6 +417,7 @@ class _Verifier:
         timed = any(g.first is None and g.from_us <= behind.first_us and g.to_us >= before.last_us for g in open_gaps)
         if timed or self.ledger.lost_between(place, low, high):
             explained = last - first + 1
+        place = (place[0], behind.first_at.process, place[2])
         line = self._hour(place, ticker, behind.first_us)
         missing = last - first + 1 - explained
         line.explained += explained
@@ -445,6 +472,10 @@ class _Verifier:
         # The ids of messages that could never be joined to a book prove nothing.
         rows = np.flatnonzero(flags & int(Flag.UNPROVEN) == 0)
         order = rows[np.argsort(codes[rows], kind="stable")]
+
+        def position(i: int) -> _Position:
+            return _Position(file.epoch, int(seqs[order[i]]), file.connector)
+
         of, updates = codes[order], ids[order]
         snapshot = (flags[order] & int(Flag.SNAPSHOT)) != 0
         starts = np.flatnonzero(np.diff(of, prepend=-1))
@@ -463,14 +494,14 @@ class _Verifier:
         for i in np.flatnonzero(snapshot & resynced & (updates != before)).tolist():
             ticker = tickers[int(of[i])]
             book = self.books.get((place, ticker))
-            at = book.at if book and i in starts else (file.epoch, int(seqs[order[i - 1]]))
-            self._resync(place, file, ticker, int(before[i]), int(updates[i]), at, (file.epoch, int(seqs[order[i]])))
+            at = book.at if book and i in starts else position(i - 1)
+            self._resync(place, file, ticker, int(before[i]), int(updates[i]), at, position(i))
         for start, stop in itertools.pairwise([*starts.tolist(), len(order)]):
             end = stop - 1
-            self.books[place, tickers[int(of[start])]] = _Book(int(updates[end]), (file.epoch, int(seqs[order[end]])))
+            self.books[place, tickers[int(of[start])]] = _Book(int(updates[end]), position(end))
 
     def _resync(
-        self, place: Place, file: StoredFile, ticker: str, before: int, update: int, low: Position, high: Position
+        self, place: Place, file: StoredFile, ticker: str, before: int, update: int, low: _Position, high: _Position
     ) -> None:
         for gap in self.ledger.gaps(place, ticker):
             if gap.first is None or gap.last is None or (gap.first <= max(update, before) and gap.last >= before):

@@ -307,7 +307,8 @@ CONN = "[connectors.conn]\nexchange = 'binance_spot'\ntickers = ['BTCUSDT']\n"
             "writers.v: w puts trades of conn",
         ),
         (f"{CONN}[writers.conn]\nout = 'o'", "writers.conn: connectors.conn has this name too"),
-        (f"{CONN}[writers.'conn.2']\nout = 'o'", "writers.conn.2: connectors.conn calls its connections so"),
+        (f"{CONN}[writers.'conn.2']\nout = 'o'", "writers.conn.2: a connector conn calls its connections so"),
+        ("[connectors.'leg.1']\nexchange = 'deribit'\ntickers = ['x']", "connectors.leg.1: a connector leg calls"),
     ],
 )
 def test_a_file_that_is_no_fleet(tmp_path: Path, text: str, expected: str) -> None:

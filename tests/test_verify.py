@@ -179,6 +179,97 @@ def test_two_connectors_may_record_the_same_trades(tree: Tree) -> None:
     assert tree.verify().findings == []
 
 
+@pytest.mark.parametrize("other", ["leg-b", "leg-a-2"])
+def test_what_another_connector_says_of_its_hole_explains_nothing(tree: Tree, other: str) -> None:
+    """Both missed 5 to 7, one of them silently."""
+    for connector in ("leg-a", other):
+        tree.add(TRADES, trades([*range(5), *range(8, 12)]), connector=connector)
+    tree.add(GAPS, [gap(5, 7)], connector="leg-a")
+    report = tree.verify()
+    assert (report.exit_code, report.missing, report.explained) == (1, 3, 3)
+    (finding,) = report.findings
+    assert finding.startswith(f"BINANCE_SPOT {other} trades BTCUSDT")
+    assert "3 of the trades 5 to 7 are missing" in finding
+    tree.add(GAPS, [gap(5, 7)], connector=other)
+    assert tree.verify().findings == []
+
+
+def test_what_another_connector_repaired_says_nothing_of_a_hole(tree: Tree) -> None:
+    """The ledger of each is right: one still has the hole, the other one repaired its own later."""
+    tree.add(TRADES, trades([*range(5), *range(8, 12)]), connector="leg-a")
+    tree.add(TRADES, trades(range(12)), connector="leg-b")
+    tree.add(GAPS, [gap(5, 7)], connector="leg-a")
+    tree.add(GAPS, [gap(5, 7), gap(5, 7, repaired=1, rcv_timestamp=NOON_US + SECOND_US)], connector="leg-b")
+    report = tree.verify()
+    assert (report.findings, report.missing, report.explained) == ([], 0, 3)
+
+
+def test_another_connector_does_not_say_why_a_book_was_resynced(tree: Tree) -> None:
+    for connector in ("leg-a", "leg-b"):
+        tree.add(ORDERBOOK_L2, [*book(3), *book(9, int(Flag.RESYNCED), snapshot=True)], connector=connector)
+    tree.add(GAPS, [gap(4, 9, feed="orderbook_l2")], connector="leg-a")
+    (finding,) = tree.verify().findings
+    assert "leg-b" in finding
+    assert "resynced at update 9 and the ledger does not say why" in finding
+
+
+# A ticker that went from one connection of a connector to another
+
+
+def test_trades_between_two_connections_of_a_connector_are_missed(tree: Tree) -> None:
+    """Also when it came back, and whichever of them found the hole."""
+    tree.add(TRADES, trades([*range(10), *range(20, 25)]), connector="conn.1")
+    tree.add(TRADES, trades(range(13, 20)), connector="conn.2", epoch=2)
+    report = tree.verify()
+    assert (report.exit_code, report.missing) == (1, 3)
+    (finding,) = report.findings
+    assert finding.startswith("BINANCE_SPOT conn.2 trades BTCUSDT")
+    assert "3 of the trades 10 to 12 are missing" in finding
+    assert [(h.connector, h.missing) for h in report.hours] == [("conn.1", 0), ("conn.2", 3)]
+    for process in ("conn.1", "conn.2"):
+        tree.add(GAPS, [gap(10, 12)], connector=process)
+        report = tree.verify()
+        assert (report.findings, report.missing, report.explained) == ([], 0, 3)
+    tree.add(GAPS, [gap(10, 12, repaired=1)], connector="conn.2")
+    assert "though the ledger says repaired" in tree.verify().findings[0]
+    tree.add(TRADES, trades(range(10, 13), flags=int(Flag.REPAIRED | Flag.LAST)), connector="conn.2", epoch=2)
+    assert tree.verify().findings == []
+
+
+def test_trades_that_two_connections_of_a_connector_have_are_there_twice(tree: Tree) -> None:
+    tree.add(TRADES, trades(range(10)), connector="conn.1")
+    tree.add(TRADES, trades(range(8, 15)), connector="conn.2")
+    assert tree.verify().findings == ["BINANCE_SPOT conn trades BTCUSDT: 2 trades twice"]
+
+
+def test_a_name_with_a_number_that_is_no_connection_is_a_connector_of_its_own(tree: Tree) -> None:
+    for connector in ("conn", "conn-2", "conn2", "other.1"):
+        tree.add(TRADES, trades(range(10)), connector=connector)
+    assert tree.verify().findings == []
+
+
+@pytest.mark.parametrize(
+    ("process", "epoch", "first", "explained"),
+    [
+        ("conn.1", 1, 15, True),  # behind its last row there, in the life of that row
+        ("conn.2", 2, 0, True),  # before its first row here
+        ("conn.1", 1, 0, False),
+        ("conn.2", 2, 20, False),
+        ("conn.1", 3, 15, False),  # in lives of which neither row is
+        ("conn.2", 1, 0, False),
+        ("conn.3", 1, 15, False),
+    ],
+)
+def test_rows_that_the_writer_lost_where_a_ticker_moved_explain_the_hole(
+    tree: Tree, process: str, epoch: int, first: int, explained: bool
+) -> None:
+    tree.add(TRADES, trades(range(10)), connector="conn.1", first=5)
+    tree.add(TRADES, trades(range(13, 20)), connector="conn.2", epoch=2, first=3)
+    tree.add(GAPS, [gap(first, first + 2)], connector=f"{process}~trades", epoch=epoch)
+    report = tree.verify()
+    assert (report.missing, report.explained) == ((0, 3) if explained else (3, 0))
+
+
 def test_trades_without_a_counter_are_counted_by_row(tree: Tree) -> None:
     tree.add(TRADES, trades([-1, -1, -1], timestamp=NOON_US))
     tree.add(TRADES, [*trades([7, 8], ticker=1), *trades([-1], ticker=1, timestamp=NOON_US)])

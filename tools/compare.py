@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdcollector import logs
+from mdcollector.config import connector_of
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnected, RingError
 from mdcollector.options import Finite
 from mdcollector.records import GAPS, Flag
@@ -679,7 +680,7 @@ class Rings:
         """Those of the connector that was named, or of the only one of this exchange."""
         found: dict[str, list[Path]] = {}
         for meta in sorted(self._rings.glob("*/*.meta")):
-            connector = _connector_of(meta.parent.name)
+            connector = connector_of(meta.parent.name)
             if self._connector is None:
                 with RingReader(meta.parent, meta.stem) as reader:
                     meant = reader.exchange.lower() == self._venue.exchange
@@ -694,12 +695,6 @@ class Rings:
             names = ", ".join(found)
             raise WrongUse(f"{self._rings} has several connectors of {self._venue.exchange}: {names}; give --connector")
         return next(iter(found.values()))
-
-
-def _connector_of(process: str) -> str:
-    """NAME of a connection NAME.1, NAME.2, ..."""
-    name, _, number = process.rpartition(".")
-    return name if name and number.isdecimal() else process
 
 
 class Filters(msgspec.Struct, forbid_unknown_fields=True):

@@ -31,8 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mdcollector.config import connector_of
 from mdcollector.records import ALWAYS_ON
 from mdcollector.ring import RingReader
+from mdcollector.sinks import LEDGER_MARK
 from tools.sim.ledger import Ledger, Lines
 from tools.sim.server import venues
 
@@ -179,8 +181,8 @@ class Rows:
 
 def _is_of(name: str, connector: str) -> bool:
     """Whether rows of this name came by a connector or one of its connections; every name where none is asked for."""
-    origin = name.partition("~")[0]
-    return connector in ("", origin) or origin.startswith(f"{connector}.")
+    process = name.partition(LEDGER_MARK)[0]
+    return connector in ("", process, connector_of(process))
 
 
 def _load(out: Path, feed: str, exchange: str, connector: str = "") -> dict[str, Rows]:
@@ -260,7 +262,9 @@ class _Comparison:
         for connector, rows in _load(out, "gaps", self.exchange, self.connector).items():
             standing = standing_gaps(list(rows))
             self.proof.gaps.update((row["feed"], row["cause"]) for row in standing)
-            origin, mark, _feed = connector.partition("~")  # rows behind a mark are the writer's own: rows it lost
+            origin, mark, _feed = connector.partition(
+                LEDGER_MARK
+            )  # rows behind a mark are the writer's own: rows it lost
             if mark:
                 for row in standing:
                     self.proof.differ(row["feed"], f"{origin}: local rows {row['first_id']}..{row['last_id']} lost")
