@@ -466,7 +466,8 @@ def units(config_path: Path, out: Path, program: str) -> None:
     connections = {}
     for name, settings in fleet.connectors.items():
         where = f"{config_path}: connectors.{name}"
-        planned = supervisor.plan(where, name, settings, supervisor.resolve(where, settings))
+        tickers = supervisor.resolve(where, settings, Path(fleet.rings), visitor=True)
+        planned = supervisor.plan(where, name, settings, tickers)
         connections[name] = [connection.name for connection in planned]
     files = {out / name: text for name, text in make(config_path, fleet, connections, shlex.split(program)).items()}
     try:
@@ -502,7 +503,9 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
     connectors = {}
     for name, settings in fleet.connectors.items():
         where = f"{config_path}: connectors.{name}"
-        tickers = settings.tickers if offline else supervisor.resolve(where, settings)
+        tickers = settings.tickers
+        if not offline:
+            tickers = supervisor.resolve(where, settings, Path(fleet.rings), visitor=True)
         connectors[name] = settings, supervisor.plan(where, name, settings, tickers)
     for name, arbiter in fleet.arbiters.items():
         supervisor.merged_exchange(f"{config_path}: arbiters.{name}", arbiter, fleet.connectors)

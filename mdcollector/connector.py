@@ -625,10 +625,11 @@ class Connector:
         )
 
 
-def weight_budget(rings: Path, kind: type[Venue]) -> Budget:
+def weight_budget(rings: Path, kind: type[Venue], *, visitor: bool = False) -> Budget:
     """What all processes of this machine that use these rings may request of a family of venues."""
     allowed, per_s = kind.LIMITS.weight
-    return Budget(rings / BUDGETS / f"{kind.FAMILY or kind.NAME}-weight", allowed * WEIGHT_SHARE, per_s)
+    path = rings / BUDGETS / f"{kind.FAMILY or kind.NAME}-weight"
+    return Budget(path, allowed * WEIGHT_SHARE, per_s, visitor=visitor)
 
 
 def rest_hosts(settings: ConnectorConfig, kind: type[Venue]) -> list[str]:

@@ -16,13 +16,13 @@ import msgspec
 
 from mdcollector import config
 from mdcollector.config import FleetConfig
-from mdcollector.connector import rest_hosts, venue_options
+from mdcollector.connector import rest_hosts, venue_options, weight_budget
 from mdcollector.emit import CAPACITIES
 from mdcollector.errors import ConfigError, Disconnected, RateLimited
 from mdcollector.exchanges import venue_class
 from mdcollector.records import ALWAYS_ON, FEEDS
 from mdcollector.ring import CAPACITY_MAX
-from mdcollector.transport import get, open_session, tls_context
+from mdcollector.transport import get_within, open_session, tls_context
 
 GOOD, HINT, BAD = "good", "hint", "bad"  # a hint costs latency or comfort, what is bad costs rows
 PACKAGES = ("picows", "msgspec", "numpy", "pyarrow", "posix_ipc", "psutil", "prometheus-client", "click")
@@ -224,11 +224,12 @@ def _credentials(fleet: FleetConfig) -> Iterator[Verdict]:
 
 
 async def _venues(fleet: FleetConfig) -> list[Verdict]:
-    """Ask every venue for its list of instruments: name service, TLS, the venue's answer."""
+    """Ask every venue for its list of instruments: name service, TLS, the venue's answer. During a ban nobody is asked."""
     asked = set[tuple[str, str]]()
     verdicts = []
     for connector in fleet.connectors.values():
         kind = venue_class(connector.exchange)
+        budget = weight_budget(Path(fleet.rings), kind, visitor=True)
         for host in rest_hosts(connector, kind):
             if (connector.exchange, host) in asked:
                 continue
@@ -241,13 +242,17 @@ async def _venues(fleet: FleetConfig) -> list[Verdict]:
                     else None
                 )
                 async with asyncio.timeout(NETWORK_S), open_session(tls, kind.HTTP_HEADERS) as session:
-                    status, body = await get(session, host.rstrip("/") + kind.instruments_paths()[0])
+                    url = host.rstrip("/") + kind.instruments_paths()[0]
+                    weight = kind.LIMITS.instruments_weight
+                    status, body = await get_within(session, url, budget, weight, kind.RATE_LIMITED)
                 if status >= 400:
                     raise Disconnected(f"HTTP {status}")
                 verdicts.append(Verdict(what, GOOD, f"{host}: {len(kind.instruments(body)):,} instruments"))
+            except RateLimited as error:
+                advice = f"the venue wants no request of this address for {error.retry_after_s:.0f} s: look again then"
+                verdicts.append(Verdict(what, BAD, str(error), advice))
             except (
                 Disconnected,
-                RateLimited,
                 aiohttp.ClientError,
                 TimeoutError,
                 OSError,

@@ -31,7 +31,7 @@ from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venu
 from mdcollector.records import DATA_FEEDS, FEEDS, Exchange
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
-from mdcollector.transport import HTTP_TRIES, get, open_session, tls_context
+from mdcollector.transport import HTTP_TRIES, get_within, open_session, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ STOP_CONNECTOR_S, STOP_ARBITER_S, STOP_WRITER_S = 20.0, 40.0, 60.0
 BEGIN_WRITER_S = 20.0
 WATCH_S = 0.1
 RESOLVE_TIMEOUT_S = 30.0
-LIST_WAIT_MOST_S = 5.0  # for the request weight of a list; then a connector begins without it, where it can
 
 
 class Planned(msgspec.Struct):
@@ -54,15 +53,16 @@ class Planned(msgspec.Struct):
     takes_new: bool = True  # the last connection of its path: what is listed while it runs is its own
 
 
-def resolve(where: str, settings: ConnectorConfig, rings: Path | None = None) -> list[str]:
+def resolve(where: str, settings: ConnectorConfig, rings: Path, *, visitor: bool = False) -> list[str]:
     """Tickers of a connector, patterns resolved and names checked against the venue's list of instruments.
 
-    With `rings` the list is asked for within the request weight of the machine, so a ban that holds now is not broken.
-    Plain names go unchecked, with a warning, when the venue does not answer; patterns cannot do without it:
+    It is asked for within the request weight of the machine, so a ban that holds now is not broken; `visitor` as for
+    `Budget`. Plain names go unchecked, with a warning, when the venue does not answer; patterns cannot do without it:
     Disconnected or RateLimited, which are no fault of the configuration and pass.
     """
     try:
-        listed = asyncio.run(_instruments(settings, rings))
+        kind = venue_class(settings.exchange)
+        listed = asyncio.run(_instruments(settings, kind, weight_budget(rings, kind, visitor=visitor)))
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
     except (Disconnected, RateLimited, aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -80,10 +80,8 @@ def resolve(where: str, settings: ConnectorConfig, rings: Path | None = None) ->
         raise ConfigError(f"{where}.{error}") from error
 
 
-async def _instruments(settings: ConnectorConfig, rings: Path | None) -> list[InstrumentInfo]:
+async def _instruments(settings: ConnectorConfig, kind: type[Venue], budget: Budget) -> list[InstrumentInfo]:
     """What the venue lists now, all pages of it; the next host is asked where one does not answer."""
-    kind = venue_class(settings.exchange)
-    budget = weight_budget(rings, kind) if rings is not None else None
     hosts = rest_hosts(settings, kind)
     secure = any(url.startswith("https") for url in hosts)
     tls = tls_context(Path(settings.ca_file) if settings.ca_file else None) if secure else None
@@ -96,9 +94,7 @@ async def _instruments(settings: ConnectorConfig, rings: Path | None) -> list[In
         return await _pages(session, hosts[-1].rstrip("/"), kind, budget)
 
 
-async def _pages(
-    session: aiohttp.ClientSession, base: str, kind: type[Venue], budget: Budget | None
-) -> list[InstrumentInfo]:
+async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue], budget: Budget) -> list[InstrumentInfo]:
     listed: list[InstrumentInfo] = []
     for first in kind.instruments_paths():
         path: str | None = first
@@ -115,20 +111,12 @@ async def _pages(
 
 
 async def _page(
-    session: aiohttp.ClientSession, base: str, path: str, kind: type[Venue], budget: Budget | None
+    session: aiohttp.ClientSession, base: str, path: str, kind: type[Venue], budget: Budget
 ) -> tuple[list[InstrumentInfo], str | None]:
     """One page and the path of the next; an answer that cannot be read is asked for again, at most HTTP_TRIES times."""
     for tries_left in reversed(range(HTTP_TRIES)):
-        while budget is not None and (wait_s := budget.take(kind.LIMITS.instruments_weight)):
-            if wait_s > LIST_WAIT_MOST_S:
-                raise RateLimited(wait_s, f"{base}{path}: the venue lets nobody ask for {wait_s:.0f} s")
-            await asyncio.sleep(wait_s)
-        try:
-            status, body = await get(session, base + path, kind.RATE_LIMITED)
-        except RateLimited as error:
-            if budget is not None:
-                budget.block(error.retry_after_s)
-            raise
+        weight = kind.LIMITS.instruments_weight
+        status, body = await get_within(session, base + path, budget, weight, kind.RATE_LIMITED)
         if status >= 400:
             raise Disconnected(f"{base}{path}: HTTP {status}")
         try:

@@ -39,6 +39,7 @@ HTTP_TIMEOUT_S = 20.0
 HTTP_BODY_BYTES_MAX = 64 << 20
 HTTP_TRIES = 5  # of a request that fails without an answer; then it is wanted again by whoever needs it
 FETCHES_WAITING_MAX = 20_000
+BUDGET_WAIT_MOST_S = 5.0  # of who can do without the answer
 RETRY_AFTER_DEFAULT_S = 60.0  # a 429 or 418 without Retry-After
 
 Decode = Callable[[bytes], None]
@@ -236,6 +237,21 @@ async def get(
                     raise Disconnected(f"{url}: HTTP {response.status}")
                 return response.status, body
     raise AssertionError("tenacity returns or raises")
+
+
+async def get_within(
+    session: aiohttp.ClientSession, url: str, budget: Budget, weight: int, rate_limited: Mapping[int, float]
+) -> tuple[int, bytes]:
+    """`get` once the budget has `weight`. RateLimited, without asking, where that lasts long; a ban binds all who share it."""
+    while wait_s := budget.take(weight):
+        if wait_s > BUDGET_WAIT_MOST_S:
+            raise RateLimited(wait_s, f"{url}: not asked: blocked for another {wait_s:.0f} s")
+        await asyncio.sleep(wait_s)
+    try:
+        return await get(session, url, rate_limited)
+    except RateLimited as error:
+        budget.block(error.retry_after_s)
+        raise
 
 
 def open_session(tls: ssl.SSLContext | None, headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from tests.fleet import Fleet
+from tests.fleet import Fleet, mdcollector, until
+from tools.sim.process import SimProcess
 
 
 def doctor(config: Path, *arguments: str, **limits: tuple[int, int]) -> tuple[int, dict[str, dict[str, str]]]:
@@ -83,6 +84,47 @@ def test_venues_are_asked(tmp_path: Path) -> None:
     code, found = doctor(fleet_file(tmp_path, rest_url="http://127.0.0.1:1", ws_url="ws://127.0.0.1:1"))
     assert code == 1
     assert found["network to deribit"]["verdict"] == "bad"
+
+
+def test_nobody_asks_during_a_ban(tmp_path: Path) -> None:
+    """A connector was told to wait: no command that looks beside it breaks that, and each says why it does not know."""
+    with Fleet(tmp_path, "binance_spot") as fleet:
+        fleet.sim.fault("ban", seconds=600, status=418)
+        fleet.connect()
+        until(lambda: fleet.sim.state()["counts"].get("http_418"), lambda: f"the ban; {fleet.brief()}")
+        until(lambda: fleet.stats().get("state") == "connected", lambda: f"begun without a list; {fleet.tail()}")
+        pattern = tmp_path / "pattern.toml"
+        pattern.write_text(fleet.config.read_text().replace('"BTCUSDT"', '"BTC*"'))
+        not_asked = "exchangeInfo: not asked: blocked for another "
+        for config, code in ((fleet.config, 0), (pattern, 1)):
+            for command in (("check",), ("units", "--out", str(tmp_path / "units"))):
+                done = mdcollector(*command, "-c", config)
+                assert done.returncode == code, done.stderr
+                assert not_asked in done.stderr
+        code, found = doctor(fleet.config)
+        assert code == 1
+        assert not_asked in found["network to binance_spot"]["found"]
+        state = fleet.sim.state()
+        assert (state["counts"]["http_418"], state["requests_before_retry_after"]) == (1, 0)
+
+
+@pytest.mark.parametrize("command", ["check", "doctor"])
+def test_who_is_told_to_wait_on_a_fresh_machine_asks_once_and_leaves_nothing_behind(
+    tmp_path: Path, command: str
+) -> None:
+    with SimProcess("binance_spot", "--tickers", "BTCUSDT:1") as sim:
+        sim.fault("ban", seconds=600, status=429)
+        urls = {"ws_url": sim.ws_url, "rest_url": sim.rest_url}
+        hosts = {"rest_fallbacks": [sim.rest_url + "/"]}  # another name of it
+        connector = {"exchange": "binance_spot", "tickers": ["BTCUSDT"], **urls, **hosts}
+        path = tmp_path / "fleet.toml"
+        path.write_text(tomli_w.dumps({"rings": "rings", "connectors": {"one": connector, "two": connector}}))
+        done = mdcollector(command, "-c", path)
+        assert done.returncode == (0 if command == "check" else 1)
+        assert "not asked: blocked for another" in done.stderr + done.stdout
+        state = sim.state()
+        assert (state["counts"]["http_429"], state["requests_before_retry_after"]) == (1, 0)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_text_goes_to_people(tmp_path: Path) -> None:

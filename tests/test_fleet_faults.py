@@ -236,7 +236,7 @@ def test_a_start_during_a_ban_asks_for_nothing(tmp_path: Path) -> None:
         fleet.start()
         fleet.wait_more("trades", 20)
         assert fleet.sim.state()["counts"].get("requests", 0) == 0
-        assert "the venue lets nobody ask for" in fleet.tail()
+        assert "not asked: blocked for another" in fleet.tail()
         fleet.stop(fleet.connector, fleet.writer)
 
 

@@ -99,6 +99,37 @@ def test_a_block_holds_for_everybody_and_the_longest_counts(tmp_path: Path, cloc
     assert other.take(1) == 0
 
 
+def test_a_visitor_shares_what_is_there(tmp_path: Path, clock: Clock) -> None:
+    fleet = Budget(tmp_path / "b", 100, 10)
+    assert fleet.take(1) == 0
+    visitor = Budget(tmp_path / "b", 100, 10, visitor=True)
+    visitor.block(30)
+    assert fleet.take(1) == visitor.take(1) == 30
+
+
+def test_a_visitor_that_may_only_read_keeps_to_a_ban(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Budget(tmp_path / "b", 100, 10)
+    fleet.block(30)
+    before = (tmp_path / "b").read_bytes()
+    monkeypatch.setattr(budget_module.os, "access", lambda *_: False)  # root may do everything
+    visitor = Budget(tmp_path / "b", 100, 10, visitor=True)
+    assert visitor.take(1) == 30
+    visitor.block(50)
+    assert Budget(tmp_path / "b", 100, 10, visitor=True).take(1) == 50
+    assert (tmp_path / "b").read_bytes() == before
+
+
+def test_a_visitor_leaves_nothing_behind(tmp_path: Path, clock: Clock) -> None:
+    visitor = Budget(tmp_path / "rings" / "_budgets" / "b", 100, 10, visitor=True)
+    assert visitor.take(visitor.capacity) == 0
+    assert visitor.take(1) > 0
+    visitor.block(30)
+    assert visitor.take(1) == 30
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("step_s", [-3600, -2, 2, 3600])
 def test_a_step_of_the_wall_clock_changes_nothing(tmp_path: Path, clock: Clock, step_s: float) -> None:
     """Neither tokens for time that did not pass, nor an end of the block before its time, nor a wait for ever."""
