@@ -64,11 +64,19 @@ class FleetPlan(msgspec.Struct):
 def plan_fleet(where: str, connectors: Mapping[str, tuple[ConnectorConfig, Sequence[Planned]]]) -> FleetPlan:
     """What these connectors, each with its connections, come to. ConfigError: more than a venue allows."""
     plans, families = [], dict[str, list[ConnectorPlan]]()
+    venues, keys = dict[type[Venue], list[ConnectorPlan]](), dict[tuple[type[Venue], str], list[ConnectorPlan]]()
     for name, (settings, connections) in connectors.items():
         kind = venue_class(settings.exchange)
         plan = _connector_plan(name, kind, settings, connections)
         plans.append(plan)
         families.setdefault(kind.FAMILY or kind.NAME, []).append(plan)
+        venues.setdefault(kind, []).append(plan)
+        if credentials := venue_options(settings, kind).credentials:
+            keys.setdefault((kind, credentials[kind.CREDENTIALS[0]]), []).append(plan)
+    for (kind, _), members in keys.items():
+        _check_sessions(where, kind, members)
+    for kind, members in venues.items():
+        _check_open(where, kind, members)
     return FleetPlan(
         [connection for _, connections in connectors.values() for connection in connections],
         plans,
@@ -114,21 +122,40 @@ def _ring_bytes(settings: ConnectorConfig, connection: Planned) -> int:
     return sum(ring_bytes(FEEDS[feed], sizes[feed]) for feed in feeds)
 
 
+def _names(members: Sequence[ConnectorPlan]) -> str:
+    return ", ".join(member.name for member in members)
+
+
+def _check_sessions(where: str, kind: type[Venue], members: Sequence[ConnectorPlan]) -> None:
+    sessions, allowed = sum(member.connections for member in members), kind.LIMITS.sessions_per_key
+    if allowed and sessions > allowed:
+        raise ConfigError(
+            f"{where}: connectors {_names(members)}: {sessions} connections to {kind.NAME} with the same credentials; it"
+            f" allows {allowed}: take fewer tickers or feeds, or other credentials for some"
+        )
+
+
+def _check_open(where: str, kind: type[Venue], members: Sequence[ConnectorPlan]) -> None:
+    """A connection for streams and, by `open_session`, one for requests are open all the time."""
+    sockets, allowed = sum(member.connections for member in members), kind.LIMITS.open_per_ip
+    http = sockets if kind.LIMITS.http_is_open else 0
+    if allowed and sockets + http > allowed:
+        of = f" ({sockets} WebSocket, {http} HTTP)" if http else ""
+        raise ConfigError(
+            f"{where}: connectors {_names(members)}: {sockets + http} connections to {kind.NAME} at the same time{of}; it"
+            f" allows {allowed} to one IP address: take fewer tickers or feeds, or spread them over machines"
+        )
+
+
 def _family_plan(where: str, family: str, members: Sequence[ConnectorPlan]) -> FamilyPlan:
     limits = venue_class(members[0].exchange).LIMITS
     connections, messages = sum(m.connections for m in members), sum(m.messages for m in members)
-    names, polled = ", ".join(member.name for member in members), sum(m.polled_per_s for m in members)
+    polled = sum(m.polled_per_s for m in members)
     most = limits.weight[0] * WEIGHT_SHARE / limits.weight[1]
     if polled > most:
         raise ConfigError(
-            f"{where}: connectors {names}: {polled:g} requests a second to {family}, which is polled; {most:g} are"
+            f"{where}: connectors {_names(members)}: {polled:g} requests a second to {family}, which is polled; {most:g} are"
             " allowed from one IP address: take fewer tickers or intervals, or a longer poll_s"
-        )
-    allowed, per_s = limits.connects
-    if connections > allowed:
-        raise ConfigError(
-            f"{where}: connectors {names}: {connections} connections to {family}; it allows {allowed} in {per_s:g} s to "
-            "one IP address: take fewer tickers or feeds, or spread them over machines"
         )
     per_ip, per_ip_s = limits.messages_per_ip
     weight = sum(member.weight for member in members)
@@ -137,7 +164,7 @@ def _family_plan(where: str, family: str, members: Sequence[ConnectorPlan]) -> F
         connections,
         messages,
         weight,
-        seconds_for(connections, allowed, per_s),
+        seconds_for(connections, *limits.connects),
         max(*(m.messages_s for m in members), seconds_for(messages, per_ip, per_ip_s) if per_ip else 0.0),
         seconds_for(weight, limits.weight[0] * WEIGHT_SHARE, limits.weight[1]),
     )

@@ -8,8 +8,13 @@ import pytest
 import tomli_w
 from fleet import mdcollector
 
+from mdcollector import planning
+from mdcollector.config import ConnectorConfig
+from mdcollector.errors import ConfigError
 from mdcollector.exchanges import Options
 from mdcollector.exchanges.binance import BinanceSpot
+from mdcollector.planning import plan_fleet
+from mdcollector.supervisor import Planned
 from tools.sim.process import SimProcess
 
 MIB = 1 << 20
@@ -106,7 +111,7 @@ def test_the_numbers_are_the_ones_that_the_exchange_sees(tmp_path: Path) -> None
         ({"exchange": "deribit", "book_depth": 100}, "book_depth: 100 not offered by deribit"),
         (
             {"exchange": "deribit", "tickers": [f"T{n}_USDC-PERPETUAL" for n in range(17_000)], "feeds": ["trades"]},
-            "34 connections to deribit; it allows 32",
+            "68 connections to deribit at the same time (34 WebSocket, 34 HTTP); it allows 32",
         ),
         ({"exchange": "deribit", "feeds": ["liquidations"]}, "liquidations not offered"),
         (  # four fifths of 600 a minute are 8 a second; 150 candles each 15 s are 10, prices each 2 s on three connections
@@ -122,9 +127,61 @@ def test_what_cannot_fit_is_refused(tmp_path: Path, connector: dict[str, Any], t
     assert "conn" in done.stderr
 
 
-def test_an_instrument_that_no_connection_carries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mdcollector.errors import ConfigError
+def deribit(count: int, **more: Any) -> dict[str, dict[str, Any]]:
+    one = {"exchange": "deribit", "tickers": ["BTC-PERPETUAL"], "feeds": ["trades"], **more}
+    return {f"d{number}": one for number in range(count)}
 
+
+def test_connections_that_are_open_at_the_same_time_are_added_up_over_connectors(tmp_path: Path) -> None:
+    """32, those of requests included, and each connector keeps one of each open."""
+    (family,) = plan(tmp_path, deribit(16))["families"]
+    assert family["connections"] == 16
+    done = check(tmp_path, deribit(17), "--offline")
+    assert done.returncode == 78, done.stdout
+    assert "d0, d1, " in done.stderr
+    assert "d16: 34 connections to deribit at the same time (17 WebSocket, 17 HTTP); it allows 32 to one" in done.stderr
+    assert plan(tmp_path, {**deribit(16), "other": {"exchange": "okx", "tickers": ["BTC-USDT"], "feeds": ["trades"]}})
+
+
+def test_a_key_has_its_own_limit(tmp_path: Path) -> None:
+    """To spread such connectors over machines, as is the advice for an address, would not help."""
+    for key in "ab":
+        (tmp_path / key).write_text(f'client_id = "id-{key}"\nclient_secret = "secret"\n')
+        (tmp_path / key).chmod(0o600)
+    done = check(tmp_path, deribit(17, credentials_file="a"), "--offline")
+    assert done.returncode == 78, done.stdout
+    assert "17 connections to deribit with the same credentials; it allows 16" in done.stderr
+    assert "id-a" not in done.stderr
+    with_two = {**deribit(17, credentials_file="a"), "d16": deribit(1, credentials_file="b")["d0"]}
+    assert "34 connections to deribit at the same time" in check(tmp_path, with_two, "--offline").stderr
+
+
+def test_a_limit_of_open_connections_may_be_of_each_venue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 of each category of Bybit, requests not counted."""
+    monkeypatch.setattr(planning, "_messages", lambda *_: 1)
+
+    def fleet(**connections: int) -> dict[str, tuple[ConnectorConfig, list[Planned]]]:
+        return {
+            name: (ConnectorConfig(exchange=name, tickers=["X"]), [Planned(name, name, [], [])] * count)
+            for name, count in connections.items()
+        }
+
+    assert plan_fleet("file", fleet(bybit_spot=1000, bybit_linear=1000)).families[0].connections == 2000
+    with pytest.raises(
+        ConfigError, match="bybit_spot: 1001 connections to bybit_spot at the same time; it allows 1000"
+    ):
+        plan_fleet("file", fleet(bybit_spot=1001, bybit_linear=1))
+
+
+def test_how_fast_connections_may_be_opened_costs_time_only(tmp_path: Path) -> None:
+    """OKX takes three a second."""
+    okx = {"exchange": "okx", "tickers": ["BTC-USDT"], "feeds": ["trades"]}
+    (family,) = plan(tmp_path, {f"o{number}": okx for number in range(5)})["families"]
+    assert family["connections"] == 5
+    assert family["connects_s"] == pytest.approx((5 - 3 / 4) / (3 * 3 / 4))
+
+
+def test_an_instrument_that_no_connection_carries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(intervals=BinanceSpot.INTERVALS)
     streams = len(BinanceSpot.streams_of("A", ["candles"], options))
     narrow = type("Narrow", (BinanceSpot,), {"fits": classmethod(lambda _, a, b: len(a) + len(b) < streams)})

@@ -50,6 +50,9 @@ class Limits(msgspec.Struct, frozen=True):
     silent_s: float = 60.0  # a stream without data for this long is checked over REST
     messages_per_ip: tuple[int, float] = (0, 0.0)  # client messages per so many seconds, per IP; (0, 0) = no such limit
     instruments_weight: int = 1  # of one request for a page of the list of instruments
+    open_per_ip: int = 0  # connections open at the same time, of this venue; 0 = no such limit is known
+    http_is_open: bool = False  # those of requests are among them
+    sessions_per_key: int = 0  # connections that are logged in with the same credentials; 0 = no such limit is known
 
 
 class Stream(msgspec.Struct, frozen=True):

@@ -319,6 +319,7 @@ class Bybit(Venue):
         streams_per_connection=400,  # the venue counts characters (`fits`); 400 keep one core's bursts short
         messages_per_s=10,  # own choice, the documents name none
         connects=(500, 300.0),  # per host and 5 minutes, 2026-07
+        open_per_ip=1000,  # per category, 2026-07
         weight=(600, 5.0),  # requests, per IP, 2026-07
         lifetime_s=0,
     )

@@ -272,7 +272,10 @@ class Deribit(Venue):
     LIMITS = Limits(
         streams_per_connection=500,
         messages_per_s=3,  # public/subscribe: about 3.3 a second sustained, 2026
-        connects=(32, 60.0),  # 32 open at a time per IP, HTTP included; a connector opens one of each
+        connects=(32, 60.0),  # own choice, the documents name no rate
+        open_per_ip=32,  # short HTTP calls included, 2026; the 33rd gets a 429
+        http_is_open=True,
+        sessions_per_key=16,
         weight=(20, 1.0),  # non-matching requests: 20 a second sustained
         instruments_weight=20,  # get_instruments costs 10,000 credits, of which 10,000 come back in a second
         lifetime_s=0,
