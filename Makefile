@@ -77,7 +77,7 @@ up: setup  ## Start the fleet of CONFIG=fleet.toml in the background, with its m
 	@echo "make status, make top, make logs, make down"
 
 down:  ## Stop what make up started, in order, and print rows in = rows written
-	$(call stop,fleet,up,every row that went in was written)
+	$(call stop,fleet,up,every row that went in was written\|no writer is configured)
 	$(call stop,monitor,monitor)
 
 restart:  ## make down, then make up: after an upgrade or another CONFIG

@@ -266,7 +266,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
 
     from mdcollector import config
     from mdcollector import supervisor as processes
-    from mdcollector.supervisor import Supervisor, balance, unread
+    from mdcollector.supervisor import Supervisor, balance, undrained, unread
 
     fleet = config.load(config_path)
     if fleet.writers:
@@ -293,12 +293,14 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
     supervisor.close()
     rows, idle = balance(supervisor.rings, list(fleet.writers)), supervisor.idle()
     passed_over = unread(supervisor.rings, list(fleet.writers))
+    filled = [child.name for child in (*supervisor.connectors, *supervisor.arbiters)]
+    left = undrained(supervisor.rings, fleet, filled)
     lost = sum(row.missing + row.lapped + row.damaged for row in rows)
     refused = [*supervisor.refused, *(c.name for c in supervisor.children if c.last_exit == EXIT_CONFIG)]
     if as_json:
         import msgspec
 
-        found = {"lost": lost, "idle": idle, "refused": refused, "unread": passed_over}
+        found = {"lost": lost, "idle": idle, "refused": refused, "unread": passed_over, "undrained": left}
         click.echo(json.dumps({"rings": msgspec.to_builtins(rows), **found}))
     else:
         from rich.table import Table
@@ -311,6 +313,9 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
             numbers = (row.published, row.durable, row.lapped, row.damaged)
             received = "unknown" if row.received is None else f"{row.received:,}"
             table.add_row(row.connector, row.feed, received, *(f"{number:,}" for number in numbers))
+        for stream, published in left.items():
+            name, _, feed = stream.rpartition("/")
+            table.add_row(name, feed, "", f"{published:,}", "no writer", "", "")
         _console().print(table)
         for name, why in idle.items():
             click.echo(f"{name}: brought no row: {why}")
@@ -319,11 +324,15 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
             click.echo(f"{lost:,} rows were not written" + (f"; {kept:,} of them wait in the rings" if kept else ""))
         for ring, why in passed_over.items():
             click.echo(f"{ring}: not written, its rows are not counted: {why}")
-        if not (lost or passed_over) and any(child.name not in idle for child in supervisor.connectors):
+        if left:
+            by = ", ".join(left if fleet.writers else dict.fromkeys(stream.rpartition("/")[0] for stream in left))
+            why = "no writer takes them" if fleet.writers else "no writer is configured"
+            click.echo(f"{sum(left.values()):,} rows are in the rings only, those of {by}: {why}")
+        elif not (lost or passed_over) and any(child.name not in idle for child in supervisor.connectors):
             click.echo("every row that went in was written")
     if refused:
         return EXIT_CONFIG
-    return EXIT_FINDINGS if lost or idle or passed_over else EXIT_DONE
+    return EXIT_FINDINGS if lost or idle or passed_over or (left and fleet.writers) else EXIT_DONE
 
 
 @main.command()
@@ -510,9 +519,10 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
     for name, arbiter in fleet.arbiters.items():
         supervisor.merged_exchange(f"{config_path}: arbiters.{name}", arbiter, fleet.connectors)
     plan = plan_fleet(str(config_path), connectors)
+    untaken = supervisor.untaken(fleet, plan.connections)
     if as_json:
         families = [{**msgspec.to_builtins(family), "sync_s": family.sync_s} for family in plan.families]
-        click.echo(json.dumps({**msgspec.to_builtins(plan), "families": families}))
+        click.echo(json.dumps({**msgspec.to_builtins(plan), "families": families, "untaken": untaken}))
         return
     _print_plan(plan)
     for connection in plan.connections:
@@ -524,6 +534,12 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
         click.echo(f"{name}: merges {', '.join(arbiter.legs)}: {', '.join(arbiter.feeds)}")
     for name, writer in fleet.writers.items():
         click.echo(f"{name}: {writer.sink} to {writer.out}")
+    if not fleet.writers:
+        click.echo("no writer: rows stay in the rings, for readers, until they are overwritten")
+    elif untaken:
+        click.echo(
+            f"warning: no writer takes {', '.join(untaken)}: these rows stay in the rings until they are overwritten"
+        )
     click.echo(f"{config_path}: good, {len(plan.connections)} connections, {len(fleet.writers)} writers")
 
 

@@ -345,6 +345,14 @@ def _check_drains(path: Path, fleet: FleetConfig) -> None:
                 )
 
 
+def takes(connectors: Sequence[str], feeds: Sequence[str], process: str, feed: str) -> bool:
+    """Whether a writer with these patterns drains this feed of this process."""
+    return all(
+        any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        for name, patterns in ((process, connectors), (feed, feeds))
+    )
+
+
 def _check_capacity(where: str, capacity: Mapping[str, int]) -> None:
     for feed, rows in capacity.items():
         _check_feeds(f"{where}.capacity", [feed], list(FEEDS))

@@ -6,6 +6,7 @@ separate processes; this one only watches them.
 
 import asyncio
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -24,11 +25,11 @@ import aiohttp
 import msgspec
 
 from mdcollector.budget import Budget
-from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig
-from mdcollector.connector import rest_hosts, selection, venue_options, weight_budget
+from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, takes
+from mdcollector.connector import feeds_of, rest_hosts, selection, venue_options, weight_budget
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
-from mdcollector.records import DATA_FEEDS, FEEDS, Exchange
+from mdcollector.records import ALWAYS_ON, DATA_FEEDS, FEEDS, Exchange
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
 from mdcollector.transport import HTTP_TRIES, get_within, open_session, tls_context
@@ -504,6 +505,48 @@ def unread(rings: Path, writers: Sequence[str]) -> dict[str, str]:
         except RingError as error:
             found[f"all of {writer}"] = str(error)
     return found
+
+
+def untaken(fleet: FleetConfig, connections: Sequence[Planned]) -> list[str]:
+    """Streams (NAME/feed) of a fleet that will be drained by no writer, and merged by no arbiter."""
+    streams = [(name, feed) for name, arbiter in fleet.arbiters.items() for feed in (*arbiter.feeds, *ALWAYS_ON)]
+    for connection in connections:
+        feeds = feeds_of(fleet.connectors[connection.connector], connection.streams)
+        streams += [(connection.name, feed) for feed in (*feeds, *ALWAYS_ON)]
+    merged = _merged(fleet)
+    return [
+        f"{name}/{feed}"
+        for name, feed in streams
+        if (name, feed) not in merged
+        and not any(takes(writer.connectors, writer.feeds, name, feed) for writer in fleet.writers.values())
+    ]
+
+
+def undrained(rings: Path, fleet: FleetConfig, processes: Sequence[str]) -> dict[str, int]:
+    """Rows in rings of these processes (NAME/feed) that no writer has looked at, and no arbiter merges."""
+    found, merged = dict[str, int](), _merged(fleet)
+    seen = set(unread(rings, list(fleet.writers)))
+    for writer in fleet.writers:
+        with suppress(RingError):
+            seen.update(read_stats(rings / "_writers" / writer / "stats")["streams"])
+    for name, feed in itertools.product(processes, FEEDS):
+        path = rings / name / f"{feed}.meta"
+        if (name, feed) in merged or f"{name}/{feed}" in seen or str(path) in seen or not path.exists():
+            continue
+        with suppress(RingError), RingReader(rings / name, feed) as ring:
+            if ring.published:
+                found[f"{name}/{feed}"] = ring.published
+    return found
+
+
+def _merged(fleet: FleetConfig) -> set[tuple[str, str]]:
+    """Streams of legs whose rows are in those of an arbiter, which merges also what is always on."""
+    return {
+        (leg, feed)
+        for arbiter in fleet.arbiters.values()
+        for leg in arbiter.legs
+        for feed in (*arbiter.feeds, *ALWAYS_ON)
+    }
 
 
 def status(rings: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ of their own, under the connector name `<connector>~<feed>` and the epoch of the
 """
 
 import errno
-import fnmatch
 import logging
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mdcollector.config import takes
 from mdcollector.errors import RingError, StorageError
 from mdcollector.records import FEEDS, GAPS, Flag
 from mdcollector.ring import RingReader
@@ -493,7 +493,7 @@ class Writer:
             feed, connector = path.stem, path.parent.name
             if path in self._drains or connector.startswith("_") or feed not in FEEDS:
                 continue
-            if not (_matches(connector, self._connectors) and _matches(feed, self._feeds)):
+            if not takes(self._connectors, self._feeds, connector, feed):
                 continue
             try:
                 reader = RingReader(path.parent, feed)
@@ -563,7 +563,3 @@ class Writer:
             drain.close()
         self._drains.clear()
         return Report(reports, self._refused)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -19,9 +19,12 @@ import pytest
 import tomli_w
 from fleet import TICKERS, Fleet, mdcollector, until
 
+from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, WriterConfig
+from mdcollector.emit import Emit
+from mdcollector.records import Exchange
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter
-from mdcollector.supervisor import balance, unread
+from mdcollector.supervisor import balance, undrained, unread
 from tools.proof import prove
 from tools.sim.process import SimProcess
 
@@ -180,6 +183,91 @@ def test_what_a_connector_received_is_its_own_last_word(tmp_path: Path) -> None:
         connector.publish({"role": "connector", "state": state, "rings": {"trades": {"published": 11}}})
         (row,) = balance(tmp_path, ["one"])
         assert (row.received, row.published, row.missing) == (received, 9, missing)
+
+
+def test_rows_that_stay_in_the_rings_are_told_by_connector_and_feed(tmp_path: Path) -> None:
+    """Not those that a writer has, could not read, or gets from an arbiter that merges them."""
+    for name in ("a", "b", "both", "conn.1"):
+        emit = Emit(tmp_path / "rings", name, Exchange.DERIBIT, ["trades", "bbo"], semaphore=False)
+        emit.packet(1, 1)
+        emit.gap("trades", "X", first_id=1, last_id=2, to_time=1, cause="sequence")
+        emit.close()
+    fleet = FleetConfig(
+        connectors={name: ConnectorConfig(exchange="deribit", tickers=["X"]) for name in ("a", "b", "conn")},
+        arbiters={"both": ArbiterConfig(legs=["a", "b"], feeds=["trades"])},
+    )
+    names = ["a", "b", "both", "conn.1", "never-ran"]
+    assert undrained(tmp_path / "rings", fleet, names) == {"both/gaps": 1, "conn.1/gaps": 1}, (
+        "rings without rows are none"
+    )
+    fleet.writers = {"one": WriterConfig(out="data"), "never": WriterConfig(out="data")}
+    page = StatsWriter(tmp_path / "rings" / "_writers" / "one")
+    page.publish({"role": "writer", "streams": {"both/gaps": {}}, "refused": {}})
+    assert undrained(tmp_path / "rings", fleet, names) == {"conn.1/gaps": 1}
+    unreadable = {str(tmp_path / "rings" / "conn.1" / "gaps.meta"): "why"}
+    page.publish({"role": "writer", "streams": {"both/gaps": {}}, "refused": unreadable})
+    assert undrained(tmp_path / "rings", fleet, names) == {}
+
+
+def test_check_tells_what_no_writer_takes(tmp_path: Path) -> None:
+    """By the names of the processes: a pattern without a star means none of several connections."""
+    path = tmp_path / "fleet.toml"
+    many = {"exchange": "deribit", "tickers": [f"T{n}-PERPETUAL" for n in range(501)], "feeds": ["trades"]}
+    legs = {name: {"exchange": "deribit", "tickers": ["X"], "feeds": ["trades", "bbo"]} for name in ("a", "b")}
+    arbiters = {"both": {"legs": ["a", "b"], "feeds": ["trades"]}}
+    always = ("instruments", "gaps", "clocks")
+
+    def untaken(writers: dict[str, Any]) -> tuple[list[str], str]:
+        file = {"connectors": {"many": many, **legs}, "arbiters": arbiters, "writers": writers}
+        path.write_text(tomli_w.dumps(file))
+        text, found = (mdcollector("check", "-c", path, "--offline", *more) for more in ((), ("--json",)))
+        assert (text.returncode, found.returncode) == (0, 0), text.stderr
+        return json.loads(found.stdout)["untaken"], text.stdout
+
+    names, text = untaken({"all": {"out": "data"}})
+    assert names == []
+    assert "no writer" not in text
+    names, text = untaken({"some": {"out": "data", "connectors": ["many", "both"]}})
+    left = [f"many.{n}/{feed}" for n in (1, 2) for feed in ("trades", *always)] + ["a/bbo", "b/bbo"]
+    assert names == left
+    assert f"warning: no writer takes {', '.join(left)}: " in text
+    names, _ = untaken({"some": {"out": "data", "connectors": ["many.*", "a", "b"], "feeds": ["tr*", "bbo", "gaps"]}})
+    assert set(names) == {
+        *(f"both/{feed}" for feed in ("trades", *always)), *(f"many.{n}/{feed}" for n in (1, 2) for feed in always[::2]),
+    }  # fmt: skip
+    names, text = untaken({})
+    assert "many.1/trades" in names
+    assert "no writer: rows stay in the rings" in text
+    assert "warning" not in text
+
+
+@pytest.mark.parametrize("writers", [{}, {"parquet": {"out": "data", "feeds": ["trades", "gaps", "clocks"]}}])
+def test_up_does_not_claim_that_rows_were_written_which_no_writer_took(
+    fleet_of: Start, writers: dict[str, Any]
+) -> None:
+    fleet = fleet_of("binance_spot", feeds=("trades", "bbo"))
+    file = tomllib.loads(fleet.config.read_text())
+    fleet.config.write_text(tomli_w.dumps({**file, "writers": writers}))
+    for more in ((), ("--json",)):
+        rows = fleet.published("bbo"), fleet.published("trades")
+        up = fleet.spawn("up", "-c", fleet.config, *more)
+        until(
+            lambda rows=rows: fleet.published("bbo") > rows[0] and fleet.published("trades") > rows[1],
+            lambda: f"rows; {fleet.tail()}",
+        )
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == (1 if writers else 0), fleet.tail()
+    text, found = fleet.logs[-2].read_text(), json.loads(fleet.logs[-1].read_text().splitlines()[-1])
+    assert "every row that went in was written" not in text
+    expected = {"bbo", "instruments"} if writers else {"bbo", "trades", "instruments"}
+    assert found["lost"] == 0
+    assert found["undrained"].keys() - {"conn/gaps", "conn/clocks"} == {f"conn/{feed}" for feed in expected}
+    assert found["undrained"]["conn/bbo"] == fleet.published("bbo")
+    if writers:
+        assert re.search(r"\d rows are in the rings only, those of conn/bbo, conn/instruments: no writer takes", text)
+    else:
+        assert re.search(r"\d rows are in the rings only, those of conn: no writer is configured", text)
+    assert re.search(r"conn .* bbo .* no writer", text)
 
 
 # Status
