@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ import pytest
 import zstandard
 
 from mdcollector.records import FEEDS, Exchange, Flag
-from mdcollector.ring import RingWriter
-from tools.compare import Comparison, Rings, Settings
+from mdcollector.ring import RingReader, RingWriter
+from mdcollector.stats import StatsWriter
+from tests.fleet import Fleet, until
+from tools.compare import Comparison, Rings, Settings, WrongUse
+from tools.live import USER_AGENT
 from tools.venues import load_venue
 
 DEADLINE_S = 60.0
@@ -642,3 +645,164 @@ async def see_two_connections(http: aiohttp.ClientSession, rest_url: str, both: 
                 if len((await response.json())["connections"]) == 2:
                     both.set()
             await asyncio.sleep(0.05)
+
+
+# what a connector may choose
+
+CHOICES = [
+    ("binance_spot", "BTCUSDT", {"trade_channel": "aggTrade"}),
+    ("binance_futures", "BTCUSDT", {"trade_channel": "aggTrade"}),
+    ("okx", "BTC-USDT-SWAP", {"trade_channel": "trades-all"}),
+    ("bybit_linear", "BTCUSDT", {"book_depth": 50}),
+    ("deribit", "BTC-PERPETUAL", {"book_interval": "agg2"}),
+]
+ON_TWO_PATHS = ("binance_futures", "okx")
+
+
+@pytest.mark.parametrize(("exchange", "ticker", "options"), CHOICES, ids=[exchange for exchange, _, _ in CHOICES])
+def test_what_the_connector_chose_is_compared(
+    tmp_path: Path, exchange: str, ticker: str, options: dict[str, Any]
+) -> None:
+    """Beside a connector that records another channel than the default: nothing is found but what is left out.
+
+    Two comparators run beside it: one reads its rings, the other a copy of its trades that lacks some.
+    """
+    connections = (Fleet.NAME,) if exchange not in ON_TWO_PATHS else (f"{Fleet.NAME}.1", f"{Fleet.NAME}.2")
+    feeds = ("trades", "orderbook_l2")
+    with ExitStack() as stack:
+        fleet = Fleet(
+            tmp_path / "fleet", exchange, tickers=[ticker], sim_tickers=f"{ticker}:1", feeds=feeds, rate=120,
+            connections=connections, **options,
+        )  # fmt: skip
+        stack.enter_context(fleet).start()
+        mine = {stream for conn in fleet.sim.state()["connections"] for stream in conn["subscriptions"]}
+        ((key, value),) = options.items()
+
+        copy = TradeCopy(fleet, tmp_path / "copy" / "copied")
+        outs = {"right": tmp_path / "right", "wrong": tmp_path / "wrong"}
+        common = (exchange, "--ws-url", fleet.sim.ws_url, "--rest-url", fleet.sim.rest_url, "--edge", "1", "--json")
+        right = stack.enter_context(started(mdcompare(*common, "--rings", fleet.rings, "--out", outs["right"])))
+        said = (f"--{key.replace('_', '-')}", value)  # the copy has no stats page
+        wrong = stack.enter_context(
+            started(mdcompare(*common, ticker, "--rings", tmp_path / "copy", "--out", outs["wrong"], *said))
+        )
+        trades = sum(s["feed"] == "trades" for name in connections for s in fleet.stats(name)["streams"].values())
+
+        def compared() -> bool:
+            copy.follow()
+            tools = [conn for conn in fleet.sim.state()["connections"] if conn["agent"] == USER_AGENT]
+            return sum(len(conn["subscriptions"]) for conn in tools) == len(mine) + trades
+
+        until(compared, lambda: f"comparators subscribed to {mine}; {fleet.sim.state()['connections']}")
+        for _ in range(3):
+            goal = copy.copied + 30
+            until(lambda goal=goal: copy.follow() >= goal, "more trades")
+            fleet.wait_more("orderbook_l2")
+            copy.leave_out_one()
+        until(lambda goal=copy.copied + 1: copy.follow() >= goal, "a trade behind the last one that was left out")
+        results = {}
+        for name, process in (("right", right), ("wrong", wrong)):
+            process.send_signal(signal.SIGTERM)
+            stdout, stderr = process.communicate(timeout=DEADLINE_S)
+            results[name] = Result(process.returncode, stdout, stderr, outs[name])
+    assert results["right"].summary["chosen"][key] == str(value)
+    assert results["right"].kinds() == []
+    assert results["right"].code == 0, results["right"].summary
+    assert [feed for feed, counts in results["right"].summary["feeds"].items() if counts["identical"]] == list(feeds)
+    assert results["wrong"].kinds() == [("trades", "missing", False)] * 3
+    assert [line["id"] for line in results["wrong"].differences] == copy.left_out
+    assert results["wrong"].code == 1
+
+
+class TradeCopy:
+    """The ring of trades of a connector in another place, as far as it was followed."""
+
+    def __init__(self, fleet: Fleet, directory: Path) -> None:
+        self.copied = 0
+        self.left_out: list[str] = []
+        self._leave_out = False
+        self._exchange = Exchange[fleet.exchange.upper()]
+        source = next(d for d in sorted(fleet.rings.iterdir()) if (d / "trades.meta").exists())
+        self._reader = RingReader(source, "trades")
+        self._writer = writer(directory, "trades", self._exchange)
+
+    def follow(self) -> int:
+        """Copy what is new; how many rows that makes."""
+        rows = self._reader.read()
+        names = self._reader.names(rows)
+        for values, ticker in zip(rows.tolist(), names, strict=True):
+            row = {**dict(zip(rows.dtype.names, values, strict=True)), "ticker": ticker}
+            if self._leave_out:
+                self.left_out.append(row["trade_id"].decode() or str(row["trade_seq"]))
+                self._leave_out = False
+                continue
+            append(self._writer, [row], self._exchange)
+            self.copied += 1
+        return self.copied
+
+    def leave_out_one(self) -> None:
+        self._leave_out = True
+
+
+def with_page(rings: Path, streams: dict[str, str], name: str = "a") -> StatsWriter:
+    """Rings of a connector, and its stats page: names of streams by their feed."""
+    write_rings(rings / name, {"trades": [], "orderbook_l2": []})
+    page = StatsWriter(rings / name)
+    page.publish({"streams": {stream: {"feed": feed} for feed, stream in streams.items()}})
+    return page
+
+
+def rings_of(exchange: str, rings: Path, name: str, feeds: list[str] | None = None) -> Rings:
+    found = Rings(load_venue(exchange), rings, name, feeds)
+    found.find(0.0)
+    return found
+
+
+def test_an_arbiter_is_compared_with_what_its_legs_record(tmp_path: Path) -> None:
+    for leg in ("a", "b"):
+        with_page(tmp_path, {"trades": "btcusdt@aggTrade"}, leg)
+    write_rings(tmp_path / "merged", {"trades": []})
+    StatsWriter(tmp_path / "merged").publish({"legs": {"a": {}, "b": {}}})
+    assert rings_of("binance_spot", tmp_path, "merged").choice({}) == {"trade_channel": "aggTrade"}
+    assert rings_of("binance_spot", tmp_path, "merged").choice({"trade_channel": "trade"}) == {"trade_channel": "trade"}
+    with_page(tmp_path, {"trades": "btcusdt@trade"}, "b")
+    with pytest.raises(WrongUse, match="records trade_channel = aggTrade, trade: of binance_spot one of"):
+        rings_of("binance_spot", tmp_path, "merged").choice({})
+
+
+def test_what_changes_under_a_comparison_is_told(tmp_path: Path) -> None:
+    page = with_page(tmp_path / "rings", {"trades": "btcusdt@trade"})
+    found = rings_of("binance_spot", tmp_path / "rings", "a")
+    settings = Settings(0.01, 5.0, 0.0, "oldest")
+    comparison = Comparison(load_venue("binance_spot"), found, ["BTCUSDT"], tmp_path, "ws://127.0.0.1:1", settings)
+    page.publish({"streams": {"btcusdt@aggTrade": {"feed": "trades"}}})
+    with pytest.raises(WrongUse, match="compare again"):
+        asyncio.run(comparison.run())
+
+
+@pytest.mark.parametrize(
+    ("exchange", "stream", "args", "told"),
+    [
+        ("okx", "books-l2-tbt:BTC-USDT", (), "records book_interval = 10ms"),
+        ("deribit", "book.BTC-PERPETUAL.raw", (), "records book_interval = raw"),
+        ("deribit", "book.BTC-PERPETUAL.raw", ("--feeds", "trades"), ""),
+        ("deribit", "book.BTC-PERPETUAL.raw", ("--book-interval", "raw"), "book_interval = raw cannot be compared"),
+        ("bybit_linear", "orderbook.500.BTCUSDT", (), "records book_depth = 500"),
+        ("bybit_linear", "orderbook.500.BTCUSDT", ("--book-depth", "200"), ""),
+        ("bybit_linear", "orderbook.50.BTCUSDT", ("--book-depth", "5"), "book_depth = 5 cannot be compared"),
+        ("binance_spot", "btcusdt@depth@100ms", ("--book-depth", "100"), "nothing to choose"),
+        ("binance_spot", "btcusdt@depth@100ms", ("--trade-channel", "fills"), "has trade, aggTrade"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, exchange: str, stream: str, args: tuple[str, ...], told: str
+) -> None:
+    for feed in ("trades", "orderbook_l2"):
+        writer(tmp_path / "rings" / "a", feed, Exchange[exchange.upper()]).close()
+    StatsWriter(tmp_path / "rings" / "a").publish({"streams": {stream: {"feed": "orderbook_l2"}}})
+    command = mdcompare(exchange, "BTCUSDT", "--rings", tmp_path / "rings", "--out", tmp_path / "out", *args)
+    urls = ("--ws-url", "ws://127.0.0.1:1", "--rest-url", "http://127.0.0.1:1", "--seconds", "0.01")
+    done = subprocess.run([*command, *urls], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == (2 if told else 1), done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr

@@ -34,12 +34,13 @@ from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS, EXIT_USAGE, Disconnecte
 from mdcollector.options import Finite
 from mdcollector.records import GAPS, Flag
 from mdcollector.ring import RingReader
-from mdcollector.stats import clock_text, venue_clock
+from mdcollector.stats import PAGE_NAME, clock_text, read_stats, venue_clock
 from tools.live import USER_AGENT, LiveFeed, fetch, log_options, stop_on_signals
 from tools.venues import (
     CANDLES_COMPARED,
     BookChange,
     Candle,
+    Choice,
     Quote,
     Seen,
     Trade,
@@ -384,10 +385,12 @@ def difference(own: Values, ring: Values) -> tuple[str, str]:
 class OwnSide:
     """Connections of our own, reconnected with backoff; every decoded event goes to its matcher."""
 
-    def __init__(self, venue: Venue, report: Report, feeds: list[str], tickers: list[str], url: str) -> None:
+    def __init__(
+        self, venue: Venue, report: Report, feeds: list[str], tickers: list[str], url: str, choice: Choice
+    ) -> None:
         self._venue, self._report, self._url = venue, report, url.rstrip("/")
         self._tickers = {ticker.lower() for ticker in tickers}
-        self._chunks = venue.connections(venue.streams_for(tickers, feeds))
+        self._chunks = venue.connections(venue.streams_for(tickers, feeds, choice))
         self._away_since: dict[str, int] = {}
         self._never_ready = {f"ws{number}" for number in range(1, len(self._chunks) + 1)}
         self.frames = self.unreadable = self.disconnects = 0
@@ -696,6 +699,37 @@ class Rings:
             raise WrongUse(f"{self._rings} has several connectors of {self._venue.exchange}: {names}; give --connector")
         return next(iter(found.values()))
 
+    def choice(self, asked: Choice) -> dict[str, str]:
+        """What chooses the channels of an own connection: what was asked for, else what the connector says it records."""
+        recorded: dict[str, set[str]] = {}
+        for process in dict.fromkeys(directory.name for directory, _ in self.found):
+            for stream in self._streams_of(process):
+                for key, value in self._venue.choice_of(stream).items():
+                    recorded.setdefault(key, set()).add(value)
+        chosen, choices = dict(asked), self._venue.choices
+        for key, value in asked.items():
+            if value not in choices.get(key, ()):
+                has = ", ".join(choices.get(key, ())) or "nothing to choose"
+                raise WrongUse(f"{key} = {value} cannot be compared at {self._venue.exchange}, which has {has}")
+        for key in recorded.keys() - asked.keys():
+            possible = [value for value in choices[key] if value in recorded[key]]
+            if len(possible) != 1:
+                have, has = ", ".join(sorted(recorded[key])), ", ".join(choices[key])
+                raise WrongUse(
+                    f"the connector records {key} = {have}: of {self._venue.exchange} one of {has} can be compared; leave the "
+                    "feed out (--feeds)"
+                )
+            chosen[key] = possible[0]
+        return chosen
+
+    def _streams_of(self, process: str) -> Iterator[str]:
+        """Streams that bring the compared feeds, as the process itself, or the legs of an arbiter, say."""
+        with suppress(RingError):
+            page = read_stats(self._rings / process / PAGE_NAME)
+            yield from (name for name, stream in page.get("streams", {}).items() if stream["feed"] in self.feeds)
+            for leg in page.get("legs", ()):
+                yield from self._streams_of(leg)
+
 
 class Filters(msgspec.Struct, forbid_unknown_fields=True):
     """filters.json."""
@@ -732,13 +766,15 @@ class Settings:
     edge_s: float
     wait_s: float
     seek: str
+    choice: Choice = field(default_factory=dict)  # by options
 
 
 class Comparison:
     """One run: both sides read at the same time, then judged."""
 
     def __init__(self, venue: Venue, rings: Rings, tickers: list[str], out: Path, url: str, settings: Settings) -> None:
-        self._venue, self._settings, self._out = venue, settings, out
+        self._venue, self._settings, self._out, self._rings = venue, settings, out, rings
+        self.choice = rings.choice(settings.choice)
         self.tickers = tickers
         self.live = Live(int(settings.edge_s * 1e6))
         self.report = Report(self.live, out / "differences.csv", venue.exchange)
@@ -747,7 +783,7 @@ class Comparison:
             RingSide(directory, feed, tickers, self.report, settings.seek) for directory, feed in rings.found
         ]
         self._found = rings.found
-        self._own_side = OwnSide(venue, self.report, rings.feeds, tickers, url)
+        self._own_side = OwnSide(venue, self.report, rings.feeds, tickers, url, self.choice)
         self.error = ""
 
     async def run(self) -> None:
@@ -775,6 +811,8 @@ class Comparison:
         for side in self._ring_sides:
             side.close()
         self.report.finish()
+        if (now := self._rings.choice(self._settings.choice)) != self.choice:
+            raise WrongUse(f"the connector records {now} now, the own connection had {self.choice}: compare again")
 
     async def _read_rings(self, ending: asyncio.Event) -> None:
         """Until the end, and then as long as the ring has not shown what the own connection has.
@@ -880,6 +918,7 @@ class Comparison:
             "tickers": len(self.tickers),
             "feeds": by_feed,
             "not_compared": [f for f in _comparable(self._venue) if f not in self.feeds],
+            "chosen": self.choice,
             "window": "per instrument and feed from the first to the last id that both sides showed",
             "exchange_clock": clock_text(self._clock()),
             "ring_rows_lapped": self.lapped,
@@ -959,6 +998,9 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
               help="Seconds to wait for rings that do not exist yet.")  # fmt: skip
 @click.option("--seek", type=click.Choice(["newest", "oldest"]), default="newest", show_default=True,
               help="Where in the rings to begin.")  # fmt: skip
+@click.option("--trade-channel", help="As in the fleet file. Default: what the connector says it records.")
+@click.option("--book-depth", type=click.IntRange(1), help="As --trade-channel.")
+@click.option("--book-interval", help="As --trade-channel.")
 @click.option("--ws-url", help="Default: the venue's.")
 @click.option("--rest-url", help="Default: the venue's. Only a polled venue is asked over REST.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of the table.")
@@ -971,6 +1013,9 @@ def main(
     feeds: str | None,
     filters: Path | None,
     out: Path,
+    trade_channel: str | None,
+    book_depth: int | None,
+    book_interval: str | None,
     ws_url: str | None,
     rest_url: str | None,
     as_json: bool,
@@ -981,10 +1026,12 @@ def main(
     """Hold the rings of a connector against the feed of EXCHANGE, for TICKER... or all instruments of the rings.
 
     Trades are matched by trade id, books message by message by update id, quotes by update id where the venue gives
-    one, closed candles of a polled venue by interval and open time. What counts lies between the first and the last id that both sides showed, or was received while both were
-    surely live (--edge). Rows fetched over REST (REPAIRED) and differences that a row of the ring `gaps`, or a new
-    snapshot after a gap, tells of are counted as explained. Books can be compared only if the connector uses the same
-    interval as the public channels that this command subscribes.
+    one, closed candles of a polled venue by interval and open time. What counts lies between the first and the last id
+    that both sides showed, or was received while both were surely live (--edge). Rows fetched over REST (REPAIRED) and
+    differences that a row of the ring `gaps`, or a new snapshot after a gap, tells of are counted as explained.
+
+    The own connection has the trade channel, book depth and book interval that the connector records, as its stats page
+    tells, unless options say otherwise. What only a key opens is refused: leave that feed out.
 
     Writes summary.csv (one row per feed and instrument, latencies included) and differences.csv. Exit code 0:
     identical, 1: differences or nothing to compare, 2: wrong use.
@@ -992,8 +1039,12 @@ def main(
     logs.set_up(log_level, log_format)
     venue = load_venue(exchange)
     url = ws_url or venue.ws_url if venue.ws_url else rest_url or venue.rest_url
+    asked = {"trade_channel": trade_channel, "book_depth": book_depth, "book_interval": book_interval}
+    choice = {key: str(value) for key, value in asked.items() if value}
     try:
-        comparison = _prepare(venue, tickers, rings, connector, feeds, filters, out, url, Settings(**settings))
+        comparison = _prepare(
+            venue, tickers, rings, connector, feeds, filters, out, url, Settings(**settings, choice=choice)
+        )
         asyncio.run(comparison.run())
     except (WrongUse, RingError) as error:
         _fail(str(error))

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,6 +20,8 @@ import msgspec
 CANDLES_COMPARED = "1m"  # the interval that mdcompare and mdreplay ask a polled venue for
 EVERYBODY = ""  # "stream" of a frame that goes to every client: notices of the server, frames that nobody can read
 Json = dict[str, Any]
+Choice = Mapping[str, str]  # key of the fleet file that chooses a channel -> its value; none = the venue's default
+NO_CHOICE: Choice = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,9 @@ class Venue(ABC):
     message_gap_s: float  # pause between two messages of the tools' own connection
     request_gap_s: float  # pause between two of their REST requests
     compared: tuple[str, ...]  # feeds that have an id by which mdcompare can match
+    # Where a connector may choose: what a connection without a key can have, too, by the key of the fleet file; the
+    # default first.
+    choices: Mapping[str, tuple[str, ...]] = {}
 
     # recordings and their playback
 
@@ -184,8 +189,16 @@ class Venue(ABC):
     # an own connection
 
     @abstractmethod
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
         """Streams to subscribe; ValueError names a feed that the venue does not have."""
+
+    def choice_of(self, stream: str) -> Choice:
+        """What must have been chosen for a connector to have this stream."""
+        return NO_CHOICE
+
+    def chosen(self, key: str, choice: Choice) -> str:
+        """The value of that key, the venue's default where none is given."""
+        return choice.get(key) or self.choices[key][0]
 
     def connections(self, streams: list[str]) -> list[list[str]]:
         """These streams as they are spread over connections."""

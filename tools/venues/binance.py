@@ -8,7 +8,7 @@ body, and a decoder of a few lines for mdcompare. Never imports the connector.
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -16,9 +16,11 @@ import msgspec
 
 from tools.venues import (
     EVERYBODY,
+    NO_CHOICE,
     Answer,
     Body,
     BookChange,
+    Choice,
     Json,
     Quote,
     Recorded,
@@ -121,8 +123,9 @@ class Binance(Venue):
 
     overdue_code = 1008
     compared = ("trades", "orderbook_l2", "bbo")
+    choices: Mapping[str, tuple[str, ...]] = {"trade_channel": ("trade", "aggTrade")}
     api: str  # path of REST
-    suffixes: ClassVar[dict[str, str]]  # feed -> its stream
+    suffixes: ClassVar[dict[str, str]]  # feed -> its stream, but for trades
 
     def stream_of(self, raw: str) -> str | None:
         if raw.startswith('{"stream":"'):
@@ -218,14 +221,18 @@ class Binance(Venue):
 
     # an own connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
-        names = list(tickers)
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
+        names, by_feed = list(tickers), {**self.suffixes, "trades": self.chosen("trade_channel", choice)}
         suffixes = []
         for feed in feeds:
-            if feed not in self.suffixes:
-                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(self.suffixes)}")
-            suffixes.append(self.suffixes[feed])
+            if feed not in by_feed:
+                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(by_feed)}")
+            suffixes.append(by_feed[feed])
         return [f"{name.lower()}@{suffix}" for name in names for suffix in suffixes]
+
+    def choice_of(self, stream: str) -> Choice:
+        channel = stream.partition("@")[2]
+        return {"trade_channel": channel} if channel in self.choices["trade_channel"] else NO_CHOICE
 
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         rest = streams[_STREAMS_IN_URL:]
@@ -266,7 +273,7 @@ class BinanceSpot(Binance):
     exchange = "binance_spot"
     api = "/api/v3"
     suffixes: ClassVar[dict[str, str]] = {
-        "trades": "trade", "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
+        "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
     }  # fmt: skip
     hosts = ("stream.binance.com", "data-stream.binance.vision", "api.binance.com", "www.binance.com", "data-api.binance.vision")  # fmt: skip
     ws_url = "wss://stream.binance.com:9443"
@@ -295,6 +302,8 @@ class BinanceSpot(Binance):
         if event == "trade":
             side = -1 if data["m"] else 1  # the buyer was the maker, so the taker sold
             yield Trade(data["s"], data["t"], str(data["t"]), float(data["p"]), float(data["q"]), side, _us(data["T"]))
+        elif event == "aggTrade":
+            yield _merged(data)
         elif event == "depthUpdate":
             yield BookChange(data["s"], data["u"], data["U"] - 1, _levels(data), snapshot=False, time_us=_us(data["E"]))
         elif event is None and "B" in data and "u" in data:
@@ -308,7 +317,7 @@ class BinanceFutures(Binance):
     exchange = "binance_futures"
     api = "/fapi/v1"
     suffixes: ClassVar[dict[str, str]] = {
-        "trades": "trade", "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
+        "orderbook_l2": "depth@100ms", "bbo": "bookTicker", "tickers": "ticker", "candles": "kline_1m",
         "liquidations": "forceOrder",
     }  # fmt: skip
     hosts = ("fstream.binance.com", "demo-fstream.binance.com", "fapi.binance.com", "www.binance.com")
@@ -359,11 +368,19 @@ class BinanceFutures(Binance):
                 side = -1 if data["m"] else 1
                 price, qty = float(data["p"]), float(data["q"])
                 yield Trade(data["s"], data["t"], str(data["t"]), price, qty, side, data["T"] * 1000)
+        elif event == "aggTrade":
+            yield _merged(data)
         elif event == "depthUpdate":
             yield BookChange(data["s"], data["u"], data["pu"], _levels(data), snapshot=False, time_us=data["T"] * 1000)
         elif event == "bookTicker":
             values = (float(data["b"]), float(data["B"]), float(data["a"]), float(data["A"]))
             yield Quote(data["s"], data["u"], values, time_us=data["T"] * 1000)
+
+
+def _merged(data: Json) -> Trade:
+    """What one order took at one price; it has a counter of its own."""
+    side = -1 if data["m"] else 1
+    return Trade(data["s"], data["a"], str(data["a"]), float(data["p"]), float(data["q"]), side, _us(data["T"]))
 
 
 def _levels(data: Json) -> tuple[tuple[int, float, float], ...]:

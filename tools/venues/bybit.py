@@ -12,8 +12,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from tools.venues import (
     EVERYBODY,
+    NO_CHOICE,
     Answer,
     BookChange,
+    Choice,
     Json,
     Quote,
     Recorded,
@@ -90,8 +92,9 @@ class _Bybit(Venue):
     request_gap_s = 0.1  # 600 in 5 s
     compared: tuple[str, ...] = ("trades", "orderbook_l2", "bbo")
 
-    def __init__(self, category: str, depth: int) -> None:
-        self.exchange, self._category, self._depth = f"bybit_{category}", category, depth
+    def __init__(self, category: str, *depths: str) -> None:
+        """`depths`: of books, the default first."""
+        self.exchange, self._category, self.choices = f"bybit_{category}", category, {"book_depth": depths}
         if category == "option":
             self.compared = ("trades", "orderbook_l2")
 
@@ -136,9 +139,10 @@ class _Bybit(Venue):
 
     # an own connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
+        depth = self.chosen("book_depth", choice)
         forms = {
-            "trades": "publicTrade.{}", "orderbook_l2": f"orderbook.{self._depth}.{{}}", "bbo": "orderbook.1.{}",
+            "trades": "publicTrade.{}", "orderbook_l2": f"orderbook.{depth}.{{}}", "bbo": "orderbook.1.{}",
             "tickers": "tickers.{}", "candles": "kline.1.{}", "liquidations": "allLiquidation.{}",
         }  # fmt: skip
         asked = list(feeds)
@@ -151,6 +155,11 @@ class _Bybit(Venue):
             for feed in asked
         ]
         return list(dict.fromkeys(topics))
+
+    def choice_of(self, stream: str) -> Choice:
+        kind, _, rest = stream.partition(".")
+        depth = rest.partition(".")[0]
+        return {"book_depth": depth} if kind == "orderbook" and depth != "1" else NO_CHOICE  # 1 is the feed bbo
 
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         messages = [
@@ -246,4 +255,7 @@ def _made_instrument(name: str, category: str) -> Json:
     return made if category in ("spot", "option") else {**made, "contractType": f"{category.capitalize()}Perpetual"}
 
 
-VENUES = (_Bybit("spot", 200), _Bybit("linear", 200), _Bybit("inverse", 200), _Bybit("option", 100))
+VENUES = (
+    *(_Bybit(category, "200", "50", "1000") for category in ("spot", "linear", "inverse")),
+    _Bybit("option", "100", "25"),
+)

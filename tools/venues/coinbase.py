@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 
 from tools.venues import (
     EVERYBODY,
+    NO_CHOICE,
     Answer,
     BookChange,
+    Choice,
     Json,
     Recorded,
     Seen,
@@ -130,7 +132,7 @@ class Coinbase(Venue):
 
     # an own connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
         names, channels = list(tickers), []
         for feed in feeds:
             if feed not in _CHANNEL:

@@ -12,8 +12,10 @@ from typing import Any
 
 from tools.venues import (
     EVERYBODY,
+    NO_CHOICE,
     Answer,
     BookChange,
+    Choice,
     Json,
     Quote,
     Recorded,
@@ -125,7 +127,7 @@ class CoinbaseExchange(Venue):
 
     # an own connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
         names, channels = list(tickers), dict[str, None]()
         for feed in feeds:
             if feed not in _CHANNELS:

@@ -6,13 +6,15 @@ body, and a decoder of a few lines for mdcompare. Never imports the connector.
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tools.venues import (
     EVERYBODY,
+    NO_CHOICE,
     Answer,
     BookChange,
+    Choice,
     Json,
     Quote,
     Recorded,
@@ -24,9 +26,8 @@ from tools.venues import (
     text_of,
 )
 
-_CHANNEL = {
-    "trades": "trades.{}.100ms",
-    "orderbook_l2": "book.{}.100ms",
+_CHANNEL = {  # of every feed but books
+    "trades": "trades.{}.100ms",  # the same rows at every interval
     "bbo": "quote.{}",
     "tickers": "ticker.{}.100ms",
     "candles": "chart.trades.{}.1",
@@ -146,6 +147,7 @@ class Deribit(Venue):
     message_gap_s = 0.3  # 3,000 of 10,000 credits a second each
     request_gap_s = 1.0  # get_instruments has the lowest limit, about one a second
     compared = ("trades", "orderbook_l2")  # `quote` carries no id
+    choices: Mapping[str, tuple[str, ...]] = {"book_interval": ("100ms", "agg2")}  # `raw` needs a key
 
     def recognises(self, raw: str) -> bool:
         frame = parse(raw)
@@ -185,14 +187,17 @@ class Deribit(Venue):
 
     # an own connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
-        names = list(tickers)
-        forms = []
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
+        names, forms = list(tickers), []
+        by_feed = {**_CHANNEL, "orderbook_l2": f"book.{{}}.{self.chosen('book_interval', choice)}"}
         for feed in feeds:
-            if feed not in _CHANNEL:
-                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(_CHANNEL)}")
-            forms.append(_CHANNEL[feed])
+            if feed not in by_feed:
+                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(by_feed)}")
+            forms.append(by_feed[feed])
         return [form.format(name) for name in names for form in forms]
+
+    def choice_of(self, stream: str) -> Choice:
+        return {"book_interval": stream.rpartition(".")[2]} if stream.startswith("book.") else NO_CHOICE
 
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         chunks = [streams[i : i + _CHANNELS_PER_MESSAGE] for i in range(0, len(streams), _CHANNELS_PER_MESSAGE)]

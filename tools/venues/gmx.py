@@ -5,10 +5,25 @@ lines for mdcompare. Never imports the connector.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
-from tools.venues import CANDLES_COMPARED, Answer, Candle, Json, Poll, Recorded, Seen, Session, Venue, parse, text_of
+from tools.venues import (
+    CANDLES_COMPARED,
+    NO_CHOICE,
+    Answer,
+    Candle,
+    Choice,
+    Json,
+    Poll,
+    Recorded,
+    Seen,
+    Session,
+    Venue,
+    parse,
+    text_of,
+)
 
 _CANDLES, _TICKERS, _TOKENS = "/prices/candles", "/prices/tickers", "/tokens"
 _CANDLES_EVERY_S, _TICKERS_EVERY_S = 15.0, 2.0
@@ -26,6 +41,7 @@ class Gmx(Venue):
     message_gap_s = 0.0
     request_gap_s = 0.2
     compared = ("candles",)  # of prices each poll sees others
+    choices: Mapping[str, tuple[str, ...]] = {"intervals": (CANDLES_COMPARED,)}
 
     def recognises(self, raw: str) -> bool:
         return False
@@ -67,7 +83,7 @@ class Gmx(Venue):
 
     # polls instead of a connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
         names, streams = list(tickers), list[str]()
         for feed in feeds:
             if feed not in ("candles", "tickers"):
@@ -78,6 +94,9 @@ class Gmx(Venue):
                 else [f"{_CANDLES}?tokenSymbol={n}&period={CANDLES_COMPARED}" for n in names]
             )
         return streams
+
+    def choice_of(self, stream: str) -> Choice:
+        return {"intervals": period[0]} if (period := parse_qs(urlsplit(stream).query).get("period")) else NO_CHOICE
 
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         raise NotImplementedError("there is no WebSocket")

@@ -4,15 +4,18 @@ Found by name through `tools.venues`. Knows channels and their args, the dialogu
 body, and a decoder of a few lines for mdcompare. Never imports the connector.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tools.venues import (
     EVERYBODY,
+    NO_CHOICE,
     Answer,
     BookChange,
+    Choice,
     Json,
     Quote,
     Recorded,
@@ -24,16 +27,11 @@ from tools.venues import (
     text_of,
 )
 
-_CHANNELS = {
-    "trades": "trades:{}",
-    "orderbook_l2": "books:{}",
-    "bbo": "bbo-tbt:{}",
-    "tickers": "tickers:{}",
-    "candles": "candle1m:{}",
-}
+_CHANNELS = {"orderbook_l2": "books", "bbo": "bbo-tbt", "tickers": "tickers", "candles": "candle1m"}  # but for trades
 _BOOKS = ("books", "books-l2-tbt")
 _PATHS = ("/ws/v5/public", "/ws/v5/business", "/ws/v5/private")
 _ARGS_PER_MESSAGE = 100
+_BUSINESS = ("candle", "trades-all")  # how the channels begin that come on the second path
 _KINDS = ("SPOT", "SWAP", "FUTURES", "OPTION")
 
 
@@ -93,6 +91,9 @@ class Okx(Venue):
     message_gap_s = 0.4
     request_gap_s = 0.2
     compared = ("trades", "orderbook_l2", "bbo")
+    choices: Mapping[str, tuple[str, ...]] = {
+        "trade_channel": ("trades", "trades-all"), "book_interval": ("100ms",),
+    }  # fmt: skip
 
     def recognises(self, raw: str) -> bool:
         frame = parse(raw)
@@ -133,14 +134,25 @@ class Okx(Venue):
 
     # an own connection
 
-    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str]) -> list[str]:
-        names = list(tickers)
-        forms = []
+    def streams_for(self, tickers: Iterable[str], feeds: Iterable[str], choice: Choice = NO_CHOICE) -> list[str]:
+        names, by_feed = list(tickers), {**_CHANNELS, "trades": self.chosen("trade_channel", choice)}
+        wanted = []
         for feed in feeds:
-            if feed not in _CHANNELS:
-                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(_CHANNELS)}")
-            forms.append(_CHANNELS[feed])
-        return [form.format(name) for name in names for form in forms]
+            if feed not in by_feed:
+                raise ValueError(f"{self.exchange} has no feed {feed!r}; it has {', '.join(by_feed)}")
+            wanted.append(by_feed[feed])
+        return [f"{channel}:{name}" for name in names for channel in wanted]
+
+    def choice_of(self, stream: str) -> Choice:
+        channel = stream.partition(":")[0]
+        if channel in self.choices["trade_channel"]:
+            return {"trade_channel": channel}
+        return {"book_interval": "100ms" if channel == "books" else "10ms"} if channel in _BOOKS else NO_CHOICE
+
+    def connections(self, streams: list[str]) -> list[list[str]]:
+        business = [stream for stream in streams if stream.startswith(_BUSINESS)]
+        public = [stream for stream in streams if not stream.startswith(_BUSINESS)]
+        return list(itertools.chain.from_iterable(map(super().connections, (public, business))))
 
     def opening(self, streams: list[str]) -> tuple[str, list[str]]:
         chunks = [streams[i : i + _ARGS_PER_MESSAGE] for i in range(0, len(streams), _ARGS_PER_MESSAGE)]
@@ -148,8 +160,7 @@ class Okx(Venue):
             text_of({"id": str(n), "op": "subscribe", "args": [_arg_of(stream) for stream in chunk]})
             for n, chunk in enumerate(chunks, 1)
         ]
-        business = bool(streams) and all(s.startswith(("candle", "trades-all")) for s in streams)
-        return _PATHS[business], messages
+        return _PATHS[bool(streams) and streams[0].startswith(_BUSINESS)], messages
 
     def answer(self, raw: str) -> str | None:
         return None
