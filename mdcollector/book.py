@@ -30,6 +30,11 @@ class OrderBook:
     ...     print(book.best_bid, book.best_ask, book.top(5))
 
     Read the book only while `is_complete`: in between it holds half of an exchange message.
+
+    A snapshot that is cut off at so many levels says nothing of what lies beyond its worst ones. Below `known_low` and
+    above `known_high` the book holds only what has changed since, so a level that is not there may exist all the same.
+    The rows do not tell whether a snapshot was the whole book (Binance cuts off, Deribit does not): where it was,
+    nothing is unknown outside either, and these say less than is true.
     """
 
     def __init__(self) -> None:
@@ -38,6 +43,8 @@ class OrderBook:
         self.update_id = -1  # the exchange's id of the newest message that was applied
         self.timestamp = 0  # its event time, us UTC
         self.is_complete = False  # the newest row was the last one of its exchange message
+        self.known_low: float | None = None  # lowest bid of the newest snapshot; None before one, or if it had none
+        self.known_high: float | None = None  # its highest ask
         self._has_snapshot = False
         self._in_snapshot = False
         self._flagged_invalid = False
@@ -100,6 +107,7 @@ class OrderBook:
             self.bids.clear()
             self.asks.clear()
             self._best[BID] = self._best[ASK] = None
+            self.known_low = self.known_high = None
             self._has_snapshot = True
         self.is_complete = bool(flags & _LAST)
         # LAST ends a run: a snapshot that follows another one at once is a new one and clears again.
@@ -118,8 +126,17 @@ class OrderBook:
                 self._best[side] = None
         else:
             levels[price] = qty
+            if flags & _SNAPSHOT:
+                self._widen(side, price)
             if best is not None and (price - best) * side > 0:
                 self._best[side] = price
+
+    def _widen(self, side: int, price: float) -> None:
+        """A level of a snapshot."""
+        if side == BID:
+            self.known_low = price if self.known_low is None else min(self.known_low, price)
+        else:
+            self.known_high = price if self.known_high is None else max(self.known_high, price)
 
 
 class OrderBooks(Mapping[str, OrderBook]):

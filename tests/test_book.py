@@ -41,6 +41,7 @@ def test_a_new_book_is_empty_and_not_valid() -> None:
     assert not book.is_valid
     assert not book.is_complete
     assert (book.best_bid, book.best_ask, book.top(3)) == (None, None, ([], []))
+    assert (book.known_low, book.known_high) == (None, None)
 
 
 def test_a_snapshot_fills_the_book() -> None:
@@ -54,6 +55,18 @@ def test_a_snapshot_fills_the_book() -> None:
     assert book.top(1) == ([(99.0, 1.0)], [(101.0, 3.0)])
     assert book.top(9) == ([(99.0, 1.0), (98.0, 2.0)], [(101.0, 3.0), (102.0, 4.0)])
     assert (book.update_id, book.timestamp) == (7, 1003)
+
+
+def test_what_a_snapshot_reached_is_known_until_the_next_one() -> None:
+    book = OrderBook()
+    book.apply(rows_of((BID, NEW, 50.0, 1.0, LAST)))  # not of a snapshot
+    assert (book.known_low, book.known_high) == (None, None)
+    book.apply(snapshot())
+    assert (book.known_low, book.known_high) == (98.0, 102.0)
+    book.apply(rows_of((BID, NEW, 5.0, 1.0, 0), (ASK, NEW, 500.0, 1.0, 0), (BID, DELETE, 98.0, 0.0, LAST)))
+    assert (book.known_low, book.known_high) == (98.0, 102.0)
+    book.apply(rows_of((ASK, NEW, 101.5, 1.0, SNAPSHOT | LAST)))
+    assert (book.known_low, book.known_high) == (None, 101.5)
 
 
 def test_the_best_level_follows_deletes_and_better_prices() -> None:
@@ -127,6 +140,7 @@ _ROW = st.tuples(
 def test_any_rows_in_any_batches_give_the_book_of_a_plain_model(rows: list[Any], cuts: list[int]) -> None:
     sides: dict[int, dict[float, float]] = {BID: {}, ASK: {}}
     run, valid = False, False
+    reached: dict[int, list[float]] = {BID: [], ASK: []}  # prices that the newest snapshot named
     book = OrderBook()
     array = rows_of(*rows)
     edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
@@ -134,7 +148,9 @@ def test_any_rows_in_any_batches_give_the_book_of_a_plain_model(rows: list[Any],
         book.apply(array[start:stop])
         for side, action, price, qty, flags in rows[start:stop]:
             if flags & SNAPSHOT and not run:
-                sides, valid = {BID: {}, ASK: {}}, True
+                sides, valid, reached = {BID: {}, ASK: {}}, True, {BID: [], ASK: []}
+            if flags & SNAPSHOT and action != DELETE:
+                reached[side].append(price)
             run = bool(flags & SNAPSHOT) and not flags & LAST
             if action == DELETE:
                 sides[side].pop(price, None)
@@ -143,6 +159,8 @@ def test_any_rows_in_any_batches_give_the_book_of_a_plain_model(rows: list[Any],
         assert (book.bids, book.asks) == (sides[BID], sides[ASK])
         assert book.best_bid == max(sides[BID].items(), default=None)
         assert book.best_ask == min(sides[ASK].items(), default=None)
+        assert book.known_low == min(reached[BID], default=None)
+        assert book.known_high == max(reached[ASK], default=None)
         if stop:
             last_flags = rows[stop - 1][4]
             assert book.is_complete == bool(last_flags & LAST)
