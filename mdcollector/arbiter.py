@@ -634,10 +634,7 @@ class Arbiter:
                 "books_unproven": books.unproven if isinstance(books, BookMerge) else 0,
                 "waiting": {feed: merge.waiting for feed, merge in self.merges.items()},
                 "gaps_undecided": len(self.ledger.undecided),
-                "rings": {
-                    feed: {"published": ring.next, "capacity": ring.capacity, "epoch": ring.epoch}
-                    for feed, ring in self.own.items()
-                },
+                "rings": {feed: ring.snapshot() for feed, ring in self.own.items()},
                 "publish_ns": {feed: merge.publish_ns.snapshot() for feed, merge in self.merges.items()},
                 "legs": {leg: self._leg_numbers(number) for number, leg in enumerate(self.legs)},
             }

@@ -726,10 +726,7 @@ class Emit:
         return {
             "counters": dict(self.counters),
             "samples": dict(self.samples),
-            "rings": {
-                name: {"published": ring.next, "capacity": ring.capacity, "epoch": ring.epoch}
-                for name, ring in self.rings.items()
-            },
+            "rings": {name: ring.snapshot() for name, ring in self.rings.items()},
             "parse_ns": self.parse_ns.snapshot(),
             "publish_ns": self.publish_ns.snapshot(),
         }

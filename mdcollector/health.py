@@ -24,6 +24,7 @@ LIMITED = (
 )  # counters of being told to wait: 429, 418 and such
 DISK_FREE_LEAST = 0.05  # share of the disk below which writers will soon stop
 CLOCK_OFFSET_MOST_S = 0.5
+TABLE_USED_MOST = 0.9  # of a ring's table of instruments: options that expired stay in it
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -55,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "restarted": Kind(DEGRADED, 0, "a process ended and was started again", "look at its log; what it had published is not lost"),
     "reconnected": Kind(DEGRADED, 0, "a connection was lost and made again", "what was missed is in the table gaps; often: look at the network"),
     "disk_low": Kind(DEGRADED, 0, "a disk is nearly full", "free space; writers back off and rows stay in the rings meanwhile"),
+    "table_full": Kind(DEGRADED, 0, "a ring's table of instruments is nearly full", "stop what fills the ring, let the writers drain it, move its directory away and start again: a full table takes no new instrument"),
     "clock_offset": Kind(DEGRADED, 60, "the clock of this machine and the venue's differ", "start chrony or ntpd"),
     "clock_stepped": Kind(DEGRADED, 0, "the clock of this machine was set", "let chrony slew it; receive times before and after do not compare, the table clocks says by how much"),
 }  # fmt: skip
@@ -146,6 +148,7 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
         yield Finding("book_invalid", name, f"{page['books_invalid_count']} books are not proven at the moment")
     for stream, (kind, text) in streams_unwell(page).items():
         yield Finding(kind, name, f"{stream}: {text}")
+    yield from _tables(name, page)
     if before is not None:
         blocked = page["fetch_blocked_until_ns"] > now_ns
         if not blocked and (limited := _grown(page, before, *LIMITED)):  # a wait may be over before anybody looks
@@ -163,6 +166,14 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
             yield Finding("resync_storm", name, f"{resyncs} holes in the sequence of books")
         if (count := _grown(page, before, *(key for key in holes if key not in books))) > HOLES_MANY:
             yield Finding("holes", name, f"{count} holes in trades and other streams")
+
+
+def _tables(name: str, page: Page) -> Iterator[Finding]:
+    """The fullest table of instruments of the rings that this process fills."""
+    tables = {feed: ring["instruments"] for feed, ring in page.get("rings", {}).items() if "instruments" in ring}
+    feed, (used, most) = max(tables.items(), key=lambda table: table[1], default=("", (0, 1)))
+    if used > TABLE_USED_MOST * most:
+        yield Finding("table_full", name, f"{feed}: the ring's table holds {used:,} of {most:,} instruments")
 
 
 def _clock_off_s(clock: Page) -> float:
@@ -202,6 +213,7 @@ def _arbiter(name: str, page: Page) -> Iterator[Finding]:
     for leg, numbers in page["legs"].items():
         if not numbers["alive"]:
             yield Finding("leg_dead", name, f"leg {leg} is dead")
+    yield from _tables(name, page)
     if page["books_unproven"]:
         yield Finding("book_invalid", name, f"{page['books_unproven']} books are not proven at the moment")
 

@@ -392,6 +392,15 @@ class RingWriter:
         """Instrument names by code."""
         return list(self._codes)
 
+    def snapshot(self) -> dict[str, Any]:
+        """What a stats page shows of it; `instruments`: how many the table holds, of how many at most."""
+        return {
+            "published": self.next,
+            "capacity": self.capacity,
+            "epoch": self.epoch,
+            "instruments": (len(self._codes), INSTRUMENTS_MAX),
+        }
+
     def claim(self, rows: int) -> None:
         """Announce that `rows` more rows, and a few ahead, are about to be overwritten."""
         if rows > self.capacity // 2:

@@ -15,7 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mdcollector import monitor
+from mdcollector.emit import Emit
 from mdcollector.health import DEGRADED, DOWN, KINDS, OK, Finding, concerning, judge, state_of
+from mdcollector.records import Exchange
 from tests.fleet import Fleet, until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -153,6 +155,14 @@ def drain(**changes: Any) -> dict[str, Any]:
             "streams": {"c/trades": {"behind": False, "lapped": 0, "damaged": 0, **changes}}}  # fmt: skip
 
 
+def merged(**changes: Any) -> dict[str, Any]:
+    return {"pid": 3, "age_s": 0.1, "state": "running", "legs": {}, "books_unproven": 0, **changes}
+
+
+def tables(**used: int) -> dict[str, Any]:
+    return {feed: {"instruments": [count, 16_384]} for feed, count in used.items()}
+
+
 @pytest.mark.parametrize(
     ("found", "kinds"),
     [
@@ -169,10 +179,30 @@ def drain(**changes: Any) -> dict[str, Any]:
         (fleet_of(writer=drain(lapped=5)), ["rows_lost"]),
         (fleet_of(writer=drain(damaged=5)), ["rows_lost"]),
         (fleet_of(problems=["x: not a stats page"]), ["file_refused"]),
+        (fleet_of(page(rings=tables(trades=14_745, instruments=14_745))), []),
+        (fleet_of(page(rings=tables(trades=100, instruments=14_746))), ["table_full"]),
+        (fleet_of(arbiters={"a": merged(rings=tables(trades=16_384))}), ["table_full"]),
     ],
 )
 def test_what_is_found(found: dict[str, Any], kinds: list[str]) -> None:
     assert [finding.kind for finding in judge(found)] == kinds
+
+
+def test_a_table_of_instruments_is_found_before_it_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has expired stays in it, over all lives of the ring."""
+    monkeypatch.setattr("mdcollector.ring.INSTRUMENTS_MAX", 10)
+    emit = Emit(tmp_path, "c", Exchange.DERIBIT, ("trades",), semaphore=False)
+    for number in range(9):
+        emit.instrument(f"BTC-{number}")
+    assert judge(fleet_of(page(**emit.snapshot()))) == []
+    emit.close()
+    emit = Emit(tmp_path, "c", Exchange.DERIBIT, ("trades",), semaphore=False)
+    emit.instrument("BTC-9")
+    (finding,) = judge(fleet_of(page(**emit.snapshot())))
+    emit.close()
+    assert finding == Finding("table_full", "c", "trades: the ring's table holds 10 of 10 instruments")
 
 
 def test_what_is_counted_is_found_when_it_grows() -> None:
