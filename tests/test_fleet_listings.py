@@ -399,3 +399,13 @@ def test_a_filter_that_fits_nothing_is_refused(arguments: list[str], told: str, 
     )
     assert done.returncode in (2, 78), done.stderr
     assert told in done.stderr
+
+
+@pytest.mark.parametrize("exchange", ["binance_spot", "binance_futures"])
+def test_another_request_weight_than_the_documents_have_is_told(exchange: str, start: Start) -> None:
+    fleet = start(exchange, sim=("--limit", "weight_max=3000"))
+    fleet.connect()
+    told = "new request weight 3000 per 1 MINUTE, not "
+    until(lambda: any(note.startswith(told) for note in fleet.stats().get("notes", ())), fleet.brief, 60)
+    assert fleet.counter("protocol_drift") == 1
+    assert told in mdcollector("status", "-c", fleet.config).stdout.replace("\n", " ")

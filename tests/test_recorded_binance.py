@@ -33,7 +33,7 @@ from mdcollector import OrderBook
 from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
 from mdcollector.exchanges import Options
-from mdcollector.exchanges.binance import BinanceSpot
+from mdcollector.exchanges.binance import Binance, BinanceFutures, BinanceSpot
 from mdcollector.normalize import Report, normalize
 from mdcollector.recording import Entry, RecordingWriter
 
@@ -612,3 +612,28 @@ def test_other_bodies_make_no_rows(name: str, venue: Any) -> None:
     with pytest.raises(msgspec.DecodeError):
         BinanceSpot.instruments(raw)
     assert sum(ring.next for ring in venue.emit.rings.values()) == 0
+
+
+@pytest.mark.parametrize("kind", [BinanceSpot, BinanceFutures])
+def test_another_request_weight_is_told_once(kind: type[Binance], tmp_path: Path) -> None:
+    emit = Emit(tmp_path, "t", kind.EXCHANGE, kind.FEEDS, semaphore=False, capacities=SMALL)
+    live, recorded = (kind(emit, Options(), [], open_world=open_world) for open_world in (False, True))
+
+    def listed(venue: Binance, *limits: tuple[str, str, int, object]) -> int:
+        names = ("rateLimitType", "interval", "intervalNum", "limit")
+        body = {"symbols": [], "rateLimits": [dict(zip(names, limit, strict=True)) for limit in limits]}
+        assert venue.take_instruments("/exchangeInfo", json.dumps(body).encode()) == []
+        return emit.counters["protocol_drift"]
+
+    allowed = int(kind.LIMITS.weight[0])
+    usual, less = ("REQUEST_WEIGHT", "MINUTE", 1, allowed), ("REQUEST_WEIGHT", "MINUTE", 1, allowed // 2)
+    assert listed(live) == 0
+    assert listed(live, usual, ("RAW_REQUESTS", "MINUTE", 5, 300_000), ("ORDERS", "DAY", 1, 5)) == 0
+    assert listed(recorded, less) == 0, "what was allowed then is no matter"
+    assert listed(live, less) == listed(live, less) == 1
+    assert list(live.notes) == [f"new request weight {allowed // 2} per 1 MINUTE, not {allowed} per 60 s"]
+    assert listed(live, ("REQUEST_WEIGHT", "SECOND", 30, allowed)) == 2
+    assert emit.counters["refused_wrong_type"] == 0
+    assert listed(live, ("REQUEST_WEIGHT", "MINUTE", 1, "many")) == 2
+    assert emit.counters["refused_wrong_type"] == 1
+    emit.close()

@@ -244,6 +244,21 @@ class _ExchangeInfo(msgspec.Struct):
     symbols: list[_Symbol]
 
 
+class _RateLimit(msgspec.Struct):
+    """{"rateLimitType":"REQUEST_WEIGHT","interval":"MINUTE","intervalNum":1,"limit":6000}"""
+
+    rateLimitType: str  # noqa: N815 (the venue's name)
+    interval: str
+    intervalNum: int  # noqa: N815 (the venue's name)
+    limit: int
+
+
+class _RateLimits(msgspec.Struct):
+    """What else exchangeInfo says; beside the symbols, so that what is wrong with one does not cost the other."""
+
+    rateLimits: list[_RateLimit] = []  # noqa: N815 (the venue's name)
+
+
 class _Envelope(msgspec.Struct):
     """Any message: combined, raw, a reply to a request, or an error; only what tells them apart."""
 
@@ -279,12 +294,14 @@ _decode_open_interest = msgspec.json.Decoder(_OpenInterest, strict=False).decode
 _decode_newest = msgspec.json.Decoder(_Newest | list[_Newest]).decode
 _decode_server_time = msgspec.json.Decoder(_ServerTime).decode
 _decode_exchange_info = msgspec.json.Decoder(_ExchangeInfo, strict=False).decode
+_decode_rate_limits = msgspec.json.Decoder(_RateLimits).decode
 
 # Event name of a raw payload -> the kind of its stream.
 _KIND_OF_EVENT = {
     "trade": "trade", "aggTrade": "aggTrade", "depthUpdate": "depth", "bookTicker": "bookTicker", "24hrTicker": "ticker",
     "kline": "kline", "markPriceUpdate": "markPrice", "forceOrder": "forceOrder",
 }  # fmt: skip
+_SECONDS = {"SECOND": 1.0, "MINUTE": 60.0, "HOUR": 3600.0, "DAY": 86_400.0}
 _BARE_DEPTHS = ("depth", "depth@0ms", "depth@100ms", "depth@500ms")  # depth5, depth10, depth20 are no changes
 
 
@@ -324,6 +341,7 @@ class Binance(Venue):
         self._trade_kinds: dict[str, str] = {}
         self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
+        self._weights_known = {self.LIMITS.weight}
 
     # Planning
 
@@ -614,6 +632,27 @@ class Binance(Venue):
             self._take_history(self.trade_sync(symbol), from_id, _rest_rows(body))
         else:
             self._take_answer(endpoint, symbol, url, body)
+
+    def take_instruments(self, url: str, body: bytes) -> list[InstrumentInfo]:
+        listed = super().take_instruments(url, body)
+        if not self.open_world:  # what was allowed when something was recorded does not matter
+            self._compare_weight(body)
+        return listed
+
+    def _compare_weight(self, body: bytes) -> None:
+        """Tell when the venue allows another request weight than the one that the budget is made of."""
+        try:
+            said = decode_body(_decode_rate_limits, body).rateLimits
+        except (FrameError, msgspec.DecodeError) as error:
+            self.emit.refused_error(error, body)
+            return
+        for one in said:
+            weight = one.limit, one.intervalNum * _SECONDS.get(one.interval, 0.0)
+            if one.rateLimitType == "REQUEST_WEIGHT" and weight not in self._weights_known:
+                self._weights_known.add(weight)
+                allowed, per_s = self.LIMITS.weight
+                told = f"{one.limit} per {one.intervalNum} {one.interval}, not {allowed} per {per_s:g} s"
+                self.drift("request weight", told)
 
     def _take_history(self, sync: TradeSync, from_id: int, rows: list[TradeRow]) -> None:
         sync.repaired(from_id, rows)
