@@ -348,9 +348,9 @@ def connect(name: str, config_path: Path, resolved: Path | None) -> None:
 
     fleet = config.load(config_path)
     logs.identify(name)
-    planned, tickers, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
+    planned, settings = supervisor.find_planned(str(config_path), name, fleet, resolved)
     run_connector(
-        planned.name, settings, Path(fleet.rings), planned.streams, planned=tickers, takes_new=planned.takes_new
+        name, settings, Path(fleet.rings), planned.streams, connector=planned.connector, number=planned.number
     )
 
 
@@ -476,7 +476,7 @@ def units(config_path: Path, out: Path, program: str) -> None:
     for name, settings in fleet.connectors.items():
         where = f"{config_path}: connectors.{name}"
         tickers = supervisor.resolve(where, settings, Path(fleet.rings), visitor=True)
-        planned = supervisor.plan(where, name, settings, tickers)
+        planned = supervisor.plan(where, name, settings, tickers, Path(fleet.rings), remember=False)
         connections[name] = [connection.name for connection in planned]
     files = {out / name: text for name, text in make(config_path, fleet, connections, shlex.split(program)).items()}
     try:
@@ -515,7 +515,7 @@ def check(config_path: Path, offline: bool, as_json: bool) -> None:
         tickers = settings.tickers
         if not offline:
             tickers = supervisor.resolve(where, settings, Path(fleet.rings), visitor=True)
-        connectors[name] = settings, supervisor.plan(where, name, settings, tickers)
+        connectors[name] = settings, supervisor.plan(where, name, settings, tickers, Path(fleet.rings), remember=False)
     for name, arbiter in fleet.arbiters.items():
         supervisor.merged_exchange(f"{config_path}: arbiters.{name}", arbiter, fleet.connectors)
     plan = plan_fleet(str(config_path), connectors)

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mdcollector import config, logs
+from mdcollector.assignment import Assignment
 from mdcollector.budget import Budget
 from mdcollector.clocks import VenueClock
 from mdcollector.config import ConnectorConfig
@@ -114,10 +115,16 @@ class Connector:
     """Runs one connection until `stop` is set; `streams` is what it subscribes to."""
 
     def __init__(
-        self, name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream],
-        *, planned: Sequence[str] = (), takes_new: bool = True,
-    ) -> None:  # fmt: skip
-        """`planned`: the tickers of all connections of this connector; `takes_new`: new ones belong to this one."""
+        self,
+        name: str,
+        settings: ConnectorConfig,
+        rings: Path,
+        streams: Sequence[Stream],
+        *,
+        connector: str,
+        number: int,
+    ) -> None:
+        """The process `name` is the connection `number` (from 0) of `connector`."""
         kind = venue_class(settings.exchange)
         self.name, self.settings = name, settings
         self.emit = Emit(rings, name, kind.EXCHANGE, feeds_of(settings, streams), capacities=settings.capacity)
@@ -144,7 +151,7 @@ class Connector:
         if limits.messages_per_ip[0]:
             self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
         self._answering = False  # a polled venue has answered since it was last given up
-        followed = Followed(selection(settings), settings.feeds, options, planned, takes_new=takes_new)
+        followed = Followed(selection(settings), assignment(rings, connector, settings), number)
         self._listing = Listing(self.venue, settings.instruments_s, followed, lambda: self._is_connected)
         self._clock = VenueClock(self.venue, settings.clock_s, lambda: self._fetcher.round_trip_ns)
         self._stats = StatsWriter(self.emit.directory)
@@ -650,6 +657,12 @@ def selection(settings: ConnectorConfig) -> Selection:
     return Selection(*(tuple(getattr(settings, name)) for name in ("tickers", "kinds", "bases", "quotes")))
 
 
+def assignment(rings: Path, connector: str, settings: ConnectorConfig) -> Assignment:
+    """Which connection carries which instrument of a connector."""
+    kind = venue_class(settings.exchange)
+    return Assignment(rings, connector, kind, settings.feeds, venue_options(settings, kind))
+
+
 def venue_options(settings: ConnectorConfig, kind: type[Venue]) -> Options:
     """What a connector's configuration says to its venue, with credentials from where they are kept."""
     unknown = [feed for feed in settings.feeds if feed not in kind.FEEDS]
@@ -715,15 +728,15 @@ def lock_memory() -> None:
 
 def run_connector(
     name: str, settings: ConnectorConfig, rings: Path, streams: Sequence[Stream],
-    *, planned: Sequence[str], takes_new: bool,
+    *, connector: str, number: int,
 ) -> None:  # fmt: skip
     """The process of one connector; returns after a stop signal. RingError or ConfigError: it cannot run as configured.
 
-    `planned` and `takes_new` as for `Connector`.
+    `connector` and `number` as for `Connector`.
     """
 
     async def run() -> None:  # the connector is made inside the loop
-        await Connector(name, settings, rings, streams, planned=planned, takes_new=takes_new).run()
+        await Connector(name, settings, rings, streams, connector=connector, number=number).run()
 
     pin(settings.cpu)
     lock_memory()

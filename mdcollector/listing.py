@@ -1,47 +1,31 @@
 """The list of instruments while a connector runs: read now and then, page by page, and followed.
 
-Used by `connector.py`. What is newly listed and meant by the configuration is subscribed by the last connection of its
-path, if there is room; what trades no more is left. A list is used only when all of its pages are there: half a list
+Used by `connector.py`. What is newly listed and meant by the configuration is subscribed by the connection that has room
+for it (`assignment.py`); what trades no more is left. A list is used only when all of its pages are there: half a list
 would close what stands in the other half.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from mdcollector.assignment import Assignment
 from mdcollector.emit import Emit
-from mdcollector.exchanges import (
-    PAGES_MAX,
-    REASON_CHARS_MAX,
-    Fetch,
-    InstrumentInfo,
-    Options,
-    Selection,
-    Stream,
-    Venue,
-)
+from mdcollector.errors import ConfigError
+from mdcollector.exchanges import PAGES_MAX, REASON_CHARS_MAX, Carried, Fetch, InstrumentInfo, Selection, Venue
 
 ROUND_MOST_S = 600.0  # a list that is not complete by then is begun anew
 NOTE = "list of instruments"
 
 
 class Followed:
-    """What the list is followed for: `selection` says what is meant, `planned` what is anybody's already.
+    """What the list is followed for: `selection` says what is meant, and `assignment` which connection takes it.
 
-    `takes_new`: this is the last connection of its path, so new instruments are its own.
+    `number` is that of this connection.
     """
 
-    def __init__(
-        self,
-        selection: Selection,
-        feeds: Collection[str],
-        options: Options,
-        planned: Collection[str],
-        *,
-        takes_new: bool,
-    ) -> None:
-        self.selection, self.feeds, self.options = selection, list(feeds), options
-        self.planned, self.takes_new = frozenset(planned), takes_new
+    def __init__(self, selection: Selection, assignment: Assignment, number: int) -> None:
+        self.selection, self.assignment, self.number = selection, assignment, number
 
 
 class Listing:
@@ -118,28 +102,47 @@ class Listing:
             venue.remove(gone, connected=self._connected())
         for ticker in self._mine - listed.keys():
             self._emit.instrument_gone(ticker)
-        new = [t for t in self._mine - subscribed if t in listed and listed[t].active]
-        if followed.takes_new:
-            new += [t for t in followed.selection.chosen(listed.values()) if t not in followed.planned | self._mine]
-        for ticker in sorted(new):
-            self._take_up(listed[ticker])
+        meant = followed.selection.chosen(listed.values())
+        mine = [stream.ticker for stream in venue.streams]
+        try:
+            carried = followed.assignment.follow(followed.number, venue.path, meant, dict.fromkeys(mine))
+        except (ConfigError, OSError) as error:  # what is subscribed goes on
+            self._give_up(str(error))
+            return
+        here = carried[followed.number]
+        if here.path == venue.path:
+            for ticker in sorted(set(here.tickers) & set(meant) - set(mine)):
+                self._take_up(listed[ticker])
+        self._tell_homeless(meant, carried)
 
     def _take_up(self, info: InstrumentInfo) -> None:
-        venue, followed, ticker = self._venue, self._followed, info.ticker
-        streams: list[Stream] = [
-            s for s in venue.streams_of(ticker, followed.feeds, followed.options) if s.path == venue.path
-        ]
-        if not streams:
+        venue = self._venue
+        streams = self._followed.assignment.streams_of(info.ticker, venue.path)
+        if not venue.fits(venue.streams, streams):  # a sibling that runs with another configuration thought it would
+            self._tell_no_room(info.ticker)
             return
-        if not venue.fits(venue.streams, streams):
-            if ticker not in self._no_room:
-                self._no_room.add(ticker)
-                self._emit.counters["listing_no_room"] += 1
-                venue.notes[f"{ticker} is new"] = "no room on this connection; start the connector anew to plan for it"
-            return
-        self._no_room.discard(ticker)
-        venue.notes.pop(f"{ticker} is new", None)
-        self._mine.add(ticker)
+        self._mine.add(info.ticker)
         self._emit.counters["instruments_taken"] += 1
         venue.add(streams, connected=self._connected())
         venue.tell(info)
+
+    def _tell_homeless(self, meant: Sequence[str], carried: Sequence[Carried]) -> None:
+        """The last connection of its path speaks of those that none has room for."""
+        venue, followed = self._venue, self._followed
+        peers = [n for n, connection in enumerate(carried) if connection.path == venue.path]
+        housed = {ticker for n in peers for ticker in carried[n].tickers}
+        homeless = {t for t in meant if t not in housed and followed.assignment.streams_of(t, venue.path)}
+        for ticker in self._no_room - homeless:
+            venue.notes.pop(f"{ticker} is new", None)
+        self._no_room &= homeless
+        if followed.number == max(peers, default=followed.number):
+            for ticker in sorted(homeless):
+                self._tell_no_room(ticker)
+
+    def _tell_no_room(self, ticker: str) -> None:
+        if ticker not in self._no_room:
+            self._no_room.add(ticker)
+            self._emit.counters["listing_no_room"] += 1
+            self._venue.notes[f"{ticker} is new"] = (
+                "no room on any connection; start the fleet anew, or make its units anew"
+            )

@@ -26,7 +26,7 @@ import msgspec
 
 from mdcollector.budget import Budget
 from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, takes
-from mdcollector.connector import feeds_of, rest_hosts, selection, venue_options, weight_budget
+from mdcollector.connector import assignment, feeds_of, rest_hosts, selection, venue_options, weight_budget
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
 from mdcollector.records import ALWAYS_ON, DATA_FEEDS, FEEDS, Exchange
@@ -51,7 +51,7 @@ class Planned(msgspec.Struct):
     connector: str
     tickers: list[str]
     streams: list[Stream]
-    takes_new: bool = True  # the last connection of its path: what is listed while it runs is its own
+    number: int = 0  # of the connections of its connector
 
 
 def resolve(where: str, settings: ConnectorConfig, rings: Path, *, visitor: bool = False) -> list[str]:
@@ -129,20 +129,28 @@ async def _page(
     raise AssertionError("the last try returns or raises")
 
 
-def plan(where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str]) -> list[Planned]:
-    """Connections of one connector; more than one are called NAME.1, NAME.2, ..."""
+def plan(
+    where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str], rings: Path,
+    *, alone: int | None = None, remember: bool = True,
+) -> list[Planned]:  # fmt: skip
+    """Connections of one connector; more than one are called NAME.1, NAME.2, ...
+
+    `alone`: only the connection of that number (from 0) is to begin. Without `remember` nothing is written.
+    """
     try:
-        kind = venue_class(settings.exchange)
-        options = venue_options(settings, kind)
-        connections = kind.plan(tickers, settings.feeds, options)
+        known = assignment(rings, name, settings)
+        connections = known.plan(tickers, alone) if remember else known.preview(tickers)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    names = [name] if len(connections) == 1 else [f"{name}.{i}" for i in range(1, len(connections) + 1)]
-    last_of = {streams[0].path: process for process, streams in zip(names, connections, strict=True)}
     return [
-        Planned(process, name, list(dict.fromkeys(s.ticker for s in streams)), streams, process in last_of.values())
-        for process, streams in zip(names, connections, strict=True)
+        Planned(f"{name}.{n + 1}" if len(connections) > 1 else name, name, _tickers(streams), streams, n)
+        for n, streams in enumerate(connections)
+        if streams
     ]
+
+
+def _tickers(streams: Sequence[Stream]) -> list[str]:
+    return list(dict.fromkeys(stream.ticker for stream in streams))
 
 
 def merged_exchange(where: str, arbiter: ArbiterConfig, connectors: Mapping[str, ConnectorConfig]) -> Exchange:
@@ -159,21 +167,23 @@ def merged_exchange(where: str, arbiter: ArbiterConfig, connectors: Mapping[str,
 
 def find_planned(
     where: str, name: str, fleet: FleetConfig, resolved: Path | None = None
-) -> tuple[Planned, list[str], ConnectorConfig]:
-    """The connection that the process `name` runs, the tickers of all connections, and the configuration.
+) -> tuple[Planned, ConnectorConfig]:
+    """The connection that the process `name` runs, and the configuration.
 
-    `resolved` is a list of tickers in JSON: what a supervisor has planned with stays the plan when a process begins
-    anew, so that no two connections take the same instrument.
+    `resolved` is a list of tickers in JSON: what a supervisor has planned with stays the list when a process begins
+    anew.
     """
     for connector, settings in fleet.connectors.items():
         if name != connector and name.rpartition(".")[0] != connector:
             continue
-        place = f"{where}: connectors.{connector}"
-        tickers = resolve(place, settings, Path(fleet.rings)) if resolved is None else _read_tickers(resolved)
-        planned = plan(place, connector, settings, tickers)
+        place, rings = f"{where}: connectors.{connector}", Path(fleet.rings)
+        number = name.removeprefix(connector).removeprefix(".")
+        alone = int(number) - 1 if number.isdecimal() else 0
+        tickers = resolve(place, settings, rings) if resolved is None else _read_tickers(resolved)
+        planned = plan(place, connector, settings, tickers, rings, alone=alone)
         for connection in planned:
             if connection.name == name:
-                return connection, tickers, settings
+                return connection, settings
         names = ", ".join(connection.name for connection in planned)
         raise ConfigError(f"{place}: needs {len(planned)} connections, run one of {names}")
     raise ConfigError(f"{where}: no connector {name!r}; there are {', '.join(fleet.connectors) or 'none'}")
@@ -323,7 +333,7 @@ class Supervisor:
             tickers = planning.tickers.result()
             resolved = self.rings / "_supervisor" / f"{name}.tickers.json"
             resolved.write_bytes(msgspec.json.encode(tickers))
-            for p in plan(planning.where, name, planning.settings, tickers):
+            for p in plan(planning.where, name, planning.settings, tickers, self.rings):
                 self._locks.append(self._lock(p.name))
                 self._rows_before[p.name] = self._rows(p.name)
                 self.connectors.append(self._child(p.name, "connector", "connect", "--resolved", str(resolved)))

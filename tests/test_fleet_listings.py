@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fleet import Fleet, mdcollector, until
 
+from mdcollector.assignment import Assignment
 from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
 from mdcollector.exchanges import InstrumentInfo, Options, Selection, Stream, venue_class
@@ -221,12 +222,21 @@ def trades_of(ticker: str) -> Stream:
 
 
 class Connection:
-    """A connection with the streams of A and B, that follows `*` on a list which the test answers."""
+    """A connection with the streams of A and B, that follows `*` on a list which the test answers.
 
-    def __init__(self, folder: Path, streams: list[Stream]) -> None:
+    `siblings`: the instruments of a second connection, by the file in which both stand.
+    """
+
+    def __init__(self, folder: Path, streams: list[Stream], siblings: tuple[str, ...] = ()) -> None:
         self.emit = Emit(folder, "c", Exchange.BINANCE_SPOT, ["trades"], semaphore=False)
         self.venue = Paged(self.emit, Options(), streams)
-        followed = Followed(Selection(("*",)), ["trades"], Options(), ["A", "B", "SIBLING"], takes_new=True)
+        assignment = Assignment(folder, "c", Paged, ["trades"], Options())
+        assignment.plan([stream.ticker for stream in streams])
+        if siblings:
+            file = json.loads(assignment.path.read_text())
+            file["connections"] += [{**file["connections"][0], "tickers": siblings}]
+            assignment.path.write_text(json.dumps(file))
+        followed = Followed(Selection(("*",)), assignment, 0)
         self.listing = Listing(self.venue, 1e-9, followed, lambda: False)
         self.emit.packet(1_796_083_200_000_000_000, 0)
 
@@ -258,7 +268,7 @@ class Connection:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Connection]:
-    made = Connection(tmp_path, [trades_of("A"), trades_of("B")])
+    made = Connection(tmp_path, [trades_of("A"), trades_of("B")], ("SIBLING",))
     yield made
     made.emit.close()
 

@@ -378,7 +378,7 @@ settings = ConnectorConfig(
     exchange="binance_spot", tickers=tickers, feeds=["trades"], ws_url=ws_url, rest_url=rest_url, instruments_s=0
 )
 streams = [s for t in tickers for s in venue.streams_of(t, ["trades"], Options())]
-connector.run_connector(name, settings, Path(rings), streams, planned=tickers, takes_new=False)
+connector.run_connector(name, settings, Path(rings), streams, connector=name, number=0)
 """
 
 

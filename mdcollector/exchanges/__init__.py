@@ -65,6 +65,13 @@ class Stream(msgspec.Struct, frozen=True):
     also: tuple[str, ...] = ()  # other wanted feeds whose rows this one stream brings
 
 
+class Carried(msgspec.Struct):
+    """What one connection carries, to be remembered over restarts."""
+
+    path: str = ""  # as of its streams
+    tickers: list[str] = msgspec.field(default_factory=list)
+
+
 class Send(msgspec.Struct, frozen=True):
     """Wanted: this text sent on the connection, within its message rate; an urgent one at once."""
 
@@ -228,22 +235,47 @@ class Venue(ABC):
         return 0
 
     @classmethod
-    def plan(cls, tickers: Sequence[str], feeds: Sequence[str], options: Options) -> list[list[Stream]]:
-        """Streams of each connection: as few as the limits allow, the streams of one instrument and path together."""
-        connections: list[list[Stream]] = []
-        filling: dict[str, list[Stream]] = {}  # path -> the connection that takes more
+    def plan(
+        cls,
+        tickers: Sequence[str],
+        feeds: Sequence[str],
+        options: Options,
+        before: Sequence[Carried] = (),
+        opens: Callable[[int, str], bool] = lambda _number, _path: True,
+    ) -> list[list[Stream]]:
+        """Streams of each connection: as few as the limits allow, the streams of one instrument and path together.
+
+        What a connection carried `before` stays there while it fits; what is new goes where there is room, or opens a
+        connection. `opens` says whether it may open the connection of that number and path; what may not is left out.
+        """
+        wanted: dict[tuple[str, str], list[Stream]] = {}  # of each path and instrument
         for ticker in tickers:
-            by_path: dict[str, list[Stream]] = {}
             for stream in cls.streams_of(ticker, feeds, options):
-                by_path.setdefault(stream.path, []).append(stream)
-            for path, streams in by_path.items():
-                if not cls.fits([], streams):
-                    names = ", ".join(stream.name for stream in streams[:NAMES_SHOWN_MAX])
-                    raise ConfigError(f"{ticker}: {len(streams)} streams are more than a connection carries: {names}")
-                if path not in filling or not cls.fits(filling[path], streams):
+                wanted.setdefault((stream.path, ticker), []).append(stream)
+        for (_, ticker), streams in wanted.items():
+            if not cls.fits([], streams):
+                names = ", ".join(stream.name for stream in streams[:NAMES_SHOWN_MAX])
+                raise ConfigError(f"{ticker}: {len(streams)} streams are more than a connection carries: {names}")
+        connections: list[list[Stream]] = [[] for _ in before]
+        for streams, carried in zip(connections, before, strict=True):
+            for key in ((carried.path, ticker) for ticker in carried.tickers):
+                if key in wanted and cls.fits(streams, wanted[key]):
+                    streams.extend(wanted.pop(key))
+        filling: dict[str, deque[list[Stream]]] = {}  # path -> the connections that may take more
+        for (path, _), streams in wanted.items():
+            if path not in filling:
+                filling[path] = deque(c for c in connections if c and c[0].path == path)
+            while filling[path] and not cls.fits(filling[path][0], streams):
+                filling[path].popleft()
+            if not filling[path]:
+                free = (n for n, connection in enumerate(connections) if not connection and opens(n, path))
+                number = next(free, len(connections))
+                if number == len(connections):
+                    if not opens(number, path):
+                        continue
                     connections.append([])
-                    filling[path] = connections[-1]
-                filling[path] += streams
+                filling[path].append(connections[number])
+            filling[path][0].extend(streams)
         return connections
 
     @classmethod
