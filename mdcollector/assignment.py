@@ -31,7 +31,14 @@ class Assignment:
 
     def __init__(self, rings: Path, connector: str, kind: type[Venue], feeds: Sequence[str], options: Options) -> None:
         self.path = rings / PLANS / f"{connector}.json"
+        self._rings, self._connector = rings, connector
         self._kind, self._feeds, self._options = kind, feeds, options
+
+    def siblings(self, name: str) -> list[Path]:
+        """Rings of all processes but `name` that this connector ever had: from them instruments may have moved."""
+        directories = self._rings.glob(f"{self._connector}*")
+        numbers = ((d, d.name.removeprefix(self._connector)) for d in directories if d.is_dir() and d.name != name)
+        return sorted(d for d, number in numbers if not number or (number[0] == "." and number[1:].isdecimal()))
 
     def streams_of(self, ticker: str, path: str) -> list[Stream]:
         """Subscriptions of one instrument on a connection of this path."""

@@ -127,7 +127,11 @@ class Connector:
         """The process `name` is the connection `number` (from 0) of `connector`."""
         kind = venue_class(settings.exchange)
         self.name, self.settings = name, settings
-        self.emit = Emit(rings, name, kind.EXCHANGE, feeds_of(settings, streams), capacities=settings.capacity)
+        carriers = assignment(rings, connector, settings)
+        self.emit = Emit(
+            rings, name, kind.EXCHANGE, feeds_of(settings, streams), capacities=settings.capacity,
+            siblings=carriers.siblings(name),
+        )  # fmt: skip
         logs.identify(name, self.emit.epoch)
         options = venue_options(settings, kind)
         self.venue = kind(self.emit, options, streams)
@@ -151,7 +155,7 @@ class Connector:
         if limits.messages_per_ip[0]:
             self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
         self._answering = False  # a polled venue has answered since it was last given up
-        followed = Followed(selection(settings), assignment(rings, connector, settings), number)
+        followed = Followed(selection(settings), carriers, number)
         self._listing = Listing(self.venue, settings.instruments_s, followed, lambda: self._is_connected)
         self._clock = VenueClock(self.venue, settings.clock_s, lambda: self._fetcher.round_trip_ns)
         self._stats = StatsWriter(self.emit.directory)
@@ -167,7 +171,8 @@ class Connector:
         self._started_ns = time.time_ns()
         self._state = "starting"
         self._last_error = ""
-        self._holes_from_us = self._last_unsequenced_us()  # feed -> last row before the hole that is open now
+        # Feed and instrument (* = all) -> last row before the hole that is open now.
+        self._holes_from_us = self._last_unsequenced_us() | self._last_of_siblings_us()
 
     # The life of the process
 
@@ -582,13 +587,24 @@ class Connector:
         cause = "reconnect" if self.emit.counters["connections"] > 1 else "restart"
         if self._holes_from_us:  # the rows are of now, not of a packet that may never have come
             self.emit.packet(time.time_ns(), self.emit.clock())
-        for feed, from_us in self._holes_from_us.items():
-            self.emit.gap(feed, "*", from_time=from_us, to_time=time.time_ns() // 1000, cause=cause)
+        for (feed, ticker), from_us in self._holes_from_us.items():
+            self.emit.gap(feed, ticker, from_time=from_us, to_time=time.time_ns() // 1000, cause=cause)
 
-    def _last_unsequenced_us(self) -> dict[str, int]:
+    def _last_unsequenced_us(self) -> dict[tuple[str, str], int]:
         """How far each feed without ids reaches that has a row from a stream."""
-        names = [name for name in self.emit.rings if name not in (*SEQUENCED, *ALWAYS_ON)]
-        return {name: us for name in names if (us := self.emit.newest_us(name))}
+        return {(feed, "*"): us for feed in self._unsequenced() if (us := self.emit.newest_us(feed))}
+
+    def _last_of_siblings_us(self) -> dict[tuple[str, str], int]:
+        """The same of each instrument that this connection takes over from another one."""
+        last, wanted = dict[tuple[str, str], int](), {stream.ticker for stream in self.venue.streams}
+        for feed in self._unsequenced():
+            for tickers, (codes, *times) in self.emit.taken_over(wanted, feed, "timestamp", "rcv_timestamp"):
+                for code in set(codes.tolist()):
+                    last[feed, tickers[code]] = min(int(column[codes == code].max()) for column in times)
+        return last
+
+    def _unsequenced(self) -> list[str]:
+        return [name for name in self.emit.rings if name not in (*SEQUENCED, *ALWAYS_ON)]
 
     def _publish(self) -> None:
         emit, venue = self.emit, self.venue

@@ -8,8 +8,8 @@ counters of what was refused. `trade`, `bbo` and `levels` are the hot path and w
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from mdcollector.records import (
     Flag,
     row_word,
 )
-from mdcollector.ring import RingWriter, ring_dir
+from mdcollector.ring import RingReader, RingWriter, Rows, ring_dir
 from mdcollector.stats import Histogram
 
 PRICE_MAX = 1e15  # no market quotes beyond it; a number like that is a broken frame
@@ -78,6 +78,7 @@ _CONTENT = {
 _pack_bbo, _pack_ticker = _CONTENT[BBO.name].pack, _CONTENT[TICKERS.name].pack
 BEGINNING_S = 30.0  # so long after a connection opened a subscription may begin
 
+Columns = tuple[Sequence[str], list[np.ndarray[Any, Any]]]  # names of instruments, by code; codes, and other columns
 Views = tuple["memoryview[int]", "memoryview[int]", np.ndarray[Any, Any]]
 
 
@@ -156,6 +157,7 @@ class Emit:
     """Rows of one connector.
 
     `clock` gives monotonic ns and is handed in so that a replay can be deterministic; `replayed` flags every row.
+    `siblings` are directories of rings from which instruments may have moved here.
 
     `trade`, `bbo` and `levels` are hot, hence closures: a call of a bound method that leaves defaults out, and each look
     at an attribute instead of a cell, would cost 3 to 60 ns.
@@ -173,8 +175,10 @@ class Emit:
         replayed: bool = False,
         epoch: int | None = None,
         semaphore: bool = True,
+        siblings: Sequence[Path] = (),
     ) -> None:
         self.connector, self.exchange, self.clock = connector, exchange, clock
+        self._siblings = siblings
         self.counters: Counter[str] = Counter()
         self.samples: dict[str, str] = {}
         self.on_refused: Callable[[bytes], None] | None = None  # told of every unusable frame, where no id will miss it
@@ -227,6 +231,48 @@ class Emit:
                 raise FrameError("instrument_refused", str(error)) from error
             found = self._instruments[ticker] = Instrument(ticker, codes, self._code, self._base_flags)
         return found
+
+    # Where an earlier life ended
+
+    def past(self, feed: str, *names: str) -> list[Columns]:
+        """These columns of what this connector has published of a feed, `ticker` before them; [] = nothing."""
+        ring = self.rings.get(feed)
+        return [(ring.tickers, ring.recent_columns("ticker", *names))] if ring is not None and ring.next else []
+
+    def taken_over(self, wanted: Collection[str], feed: str, *names: str) -> list[Columns]:
+        """As `past`, of those of the instruments `wanted` whose newest row a sibling has, from that one. Slow."""
+        ring = self.rings.get(feed)
+        theirs = [past for sibling in self._siblings if (past := self._past_of(sibling, wanted, feed)) is not None]
+        if ring is None or not theirs:
+            return []
+        seen: list[Columns] = [(ring.tickers, ring.recent_columns("ticker", "rcv_timestamp"))]
+        seen += [(tickers, [rows["ticker"], rows["rcv_timestamp"]]) for tickers, rows in theirs]
+        newest = dict[str, tuple[int, int]]()  # ticker -> receive time of its newest row, and who has it
+        for who, (tickers, (codes, times)) in enumerate(seen):
+            for code in np.unique(codes).tolist():
+                at = int(times[codes == code].max()), who
+                newest[tickers[code]] = max(newest.get(tickers[code], at), at)
+        found: list[Columns] = []
+        for who, (tickers, rows) in enumerate(theirs, 1):
+            has_newest = np.array([newest.get(ticker, (0, 0))[1] == who for ticker in tickers])
+            moved = rows[has_newest[rows["ticker"]]]
+            if len(moved):
+                found.append((tickers, [moved[name] for name in ("ticker", *names)]))
+        return found
+
+    def _past_of(self, directory: Path, wanted: Collection[str], feed: str) -> tuple[list[str], Rows] | None:
+        """Rows of these instruments in the ring of a sibling, which may be live; None = there are none."""
+        with suppress(RingError), RingReader(directory, feed) as ring:
+            codes = [code for code, ticker in enumerate(ring.tickers) if ticker in wanted]
+            if not codes or ring.exchange != self.exchange.name:
+                return None
+            ring.seek("oldest")
+            parts, stop = [np.empty(0, ring.feed.dtype)], ring.published
+            while ring.position < stop:
+                rows = ring.read()
+                parts.append(rows[np.isin(rows["ticker"], codes)])
+            return ring.tickers, np.concatenate(parts)
+        return None
 
     # The connection
 

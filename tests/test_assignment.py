@@ -119,6 +119,13 @@ def test_a_preview_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_rings_of_all_processes_that_ever_were_are_siblings(tmp_path: Path) -> None:
+    for name in ("okx", "okx.1", "okx.2", "okx.10", "okx2", "okx.x", "binance", "_plans"):
+        (tmp_path / name).mkdir()
+    found = {path.name for path in assignment(tmp_path).siblings("okx.2")}
+    assert found == {"okx", "okx.1", "okx.10"}
+
+
 PLANNER = """
 import sys
 from pathlib import Path

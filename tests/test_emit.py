@@ -685,3 +685,50 @@ def test_a_second_emitter_is_refused_and_leaves_nothing_open(made: Made, tmp_pat
         Emit(tmp_path, "c", Exchange.DERIBIT, ALL, capacities=dict.fromkeys((*ALL, *ALWAYS_ON), 512), semaphore=False)
     made.emit.trade(made.a, 1, 1, 1.0, 1.0, 1)
     assert made.emit.rings["trades"].next == 1
+
+
+def sibling(folder: Path, name: str, trades: list[tuple[str, int, int]], exchange: Exchange = Exchange.DERIBIT) -> Path:
+    """Rings of another connection: instrument, receive time in us, trade counter."""
+    emit = Emit(folder, name, exchange, ["trades"], capacities={"trades": 512}, semaphore=False)
+    for ticker, rcv_us, seq in trades:
+        emit.packet(rcv_us * 1000, 0)
+        emit.trade(emit.instrument(ticker), rcv_us, 1, 1.0, 1.0, seq)
+    emit.close()
+    return emit.directory
+
+
+def taken_over(folder: Path, siblings: list[Path], *wanted: str) -> dict[str, list[int]]:
+    """Counters by instrument that a connection takes over; its own last trades are A 7 at 500 and B 7 at 500."""
+    sibling(folder, "mine", [("A", 500, 7), ("B", 500, 7)])
+    emit = Emit(
+        folder, "mine", Exchange.DERIBIT, ["trades"], capacities={"trades": 512}, semaphore=False, siblings=siblings
+    )
+    found: dict[str, list[int]] = {}
+    for tickers, (codes, counters) in emit.taken_over(wanted, "trades", "trade_seq"):
+        for code, counter in zip(codes, counters, strict=True):
+            found.setdefault(tickers[code], []).append(int(counter))
+    emit.close()
+    return found
+
+
+def test_instruments_are_taken_over_from_the_sibling_that_has_their_newest_row(tmp_path: Path) -> None:
+    one = sibling(tmp_path, "one", [("A", 100, 1), ("B", 600, 8), ("C", 100, 3), ("D", 900, 1)])
+    two = sibling(tmp_path, "two", [("C", 200, 4), ("C", 300, 5), ("A", 400, 6)])
+    assert taken_over(tmp_path, [one, two], "A", "B", "C") == {"B": [8], "C": [4, 5]}
+
+
+def test_of_siblings_that_cannot_be_read_or_are_of_another_venue_nothing_is_taken(tmp_path: Path) -> None:
+    broken = sibling(tmp_path, "broken", [("B", 900, 9)])
+    (broken / "trades.meta").write_bytes(b"no ring")
+    other = sibling(tmp_path, "other", [("B", 900, 9)], Exchange.OKX)
+    assert taken_over(tmp_path, [broken, other, tmp_path / "none"], "A", "B") == {}
+    assert taken_over(tmp_path, [sibling(tmp_path, "good", [("B", 900, 9)])], "B") == {"B": [9]}
+
+
+def test_of_a_sibling_that_is_live_what_it_has_now_is_taken(tmp_path: Path) -> None:
+    live = Emit(tmp_path, "live", Exchange.DERIBIT, ["trades"], capacities={"trades": 512}, semaphore=False)
+    for n in range(1000):  # its ring has gone round
+        live.packet((1000 + n) * 1000, 0)
+        live.trade(live.instrument("B"), 1000 + n, 1, 1.0, 1.0, n)
+    assert taken_over(tmp_path, [live.directory], "B")["B"][-1] == 999
+    live.close()

@@ -45,6 +45,10 @@ def last_trades(fleet: Fleet, name: str) -> dict[str, int]:
         return {ticker: int(trade) for ticker, trade in zip(ring.names(rows), rows["trade_id"], strict=True)}
 
 
+def gaps(fleet: Fleet, feed: str, cause: str) -> list[dict[str, Any]]:
+    return [g for name in BOTH for g in fleet.ring_gaps(name) if (g["feed"], g["cause"]) == (feed, cause)]
+
+
 def test_one_process_that_begins_anew_behind_a_listing_loses_nobody_of_its_sibling(fleet: Fleet) -> None:
     """Without a supervisor, as units do it: AAA-USDT comes first in the list, so a new cut would shift all others."""
     first, second = processes = [fleet.connect(name) for name in BOTH]
@@ -93,4 +97,29 @@ def test_up_again_behind_a_listing_moves_nobody(fleet: Fleet) -> None:
     up = run_up(fleet, BOTH)
     assert tickers_of(fleet, "conn.1") == before["conn.1"].keys()
     assert tickers_of(fleet, "conn.2") == {*before["conn.2"], "AAA-USDT"}
+    stop_up(fleet, up)
+
+
+def test_who_moves_goes_on_from_where_the_sibling_ended(fleet: Fleet) -> None:
+    """One connection becomes two, since books are wanted as well: every hole between is told, and repaired."""
+    file = fleet.config.read_text()
+    fleet.config.write_text(file.replace('"orderbook_l2",\n', ""))
+    stop_up(fleet, run_up(fleet, ("conn",)))
+    before = last_trades(fleet, "conn")
+    assert before.keys() == set(NAMES)
+    made = fleet.sim.state()["ledger"]["trade"]
+    until(
+        lambda: all(now > made[t] for t, now in fleet.sim.state()["ledger"]["trade"].items()),
+        lambda: f"every instrument has traded meanwhile; {made} {fleet.sim.state()['ledger']}",
+    )
+    fleet.config.write_text(file)
+    up = run_up(fleet, BOTH)
+    until(lambda: not any(fleet.stats(name)["trades_unproven"] for name in BOTH), fleet.tail)
+    holes = {(gap["ticker"], gap["first_id"], gap["last_id"]) for gap in gaps(fleet, "trades", "restart")}
+    assert {(ticker, first) for ticker, first, _ in holes} == {(name, before[name] + 1) for name in NAMES}
+    until(
+        lambda: holes <= {(g["ticker"], g["first_id"], g["last_id"]) for g in gaps(fleet, "trades", "filled")},
+        lambda: f"every hole is repaired; {fleet.tail()}",
+    )
+    assert {gap["ticker"] for gap in gaps(fleet, "bbo", "restart")} == set(NAMES), "it has no ids"
     stop_up(fleet, up)

@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Annotated, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
 
 from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, TRADE_IDS_KEPT, BookSync, FollowRule, TradeIds, TradeSync
-from mdcollector.emit import Emit
+from mdcollector.emit import Columns, Emit
 from mdcollector.errors import ConfigError, FrameError
 from mdcollector.records import GAPS, INSTRUMENTS, UNKNOWN, Exchange
 
@@ -120,6 +121,7 @@ class InstrumentInfo(msgspec.Struct, frozen=True):
 
 Want = Send | Fetch | Reconnect
 Decode = Callable[[bytes], None]
+Past = Callable[..., Iterable[Columns]]  # feed, names of columns: `Emit.past`, or what of siblings is like it
 
 
 class Options(msgspec.Struct, kw_only=True):
@@ -204,8 +206,11 @@ class Venue(ABC):
         self.trade_ids: dict[str, TradeIds] = {}  # of a venue whose trades have no counter
         self.overlapping = False  # two connections deliver at the moment
         self.notes: dict[str, str] = {}  # what status must show: fallbacks, refused streams
-        self._trades_left, self._books_left = _trades_left(emit), _books_left(emit)
-        self._trade_ids_left = _trade_ids_left(emit)
+        self._trades_left: dict[str, tuple[int, list[tuple[int, int]]]] = {}
+        self._trade_ids_left: dict[str, tuple[list[bytes], int]] = {}
+        self._books_left: dict[str, int] = {}
+        self._look_back(emit.past)
+        self._look_back(partial(emit.taken_over, self._wanted))
 
     # Planning, before any connection
 
@@ -325,6 +330,7 @@ class Venue(ABC):
             before_us = self.emit.last_rcv_us(stream.feed, stream.ticker)  # of an earlier listing, or an earlier life
             self.proof[stream.name] = StreamState(requested_ns=now_ns, hole_us=before_us, hole_cause="listing")
         self._tickers |= {stream.name: stream.ticker for stream in streams}
+        self._look_back(partial(self.emit.taken_over, {stream.ticker for stream in streams} - self._wanted))
         self._wanted = {stream.ticker for stream in self.streams}
         self._sharing = _sharing(self.streams)
         self._routes.clear()  # they may lead to the book of an earlier listing
@@ -335,6 +341,12 @@ class Venue(ABC):
         for ticker in {stream.ticker for stream in streams} & self.trade_syncs.keys():
             if connected and self.trade_syncs[ticker].unproven:
                 self.trade_syncs[ticker].want_tail()
+
+    def _look_back(self, past: Past) -> None:
+        """Where trades and books stood in the rows that `past` gives."""
+        self._trades_left |= _trades_left(past)
+        self._trade_ids_left |= _trade_ids_left(past)
+        self._books_left |= _books_left(past)
 
     def remove(self, tickers: Collection[str], *, connected: bool) -> None:
         """Leave all streams of these instruments, drop their books and counters; where they stood is remembered."""
@@ -639,63 +651,55 @@ def decode_body(decode: Callable[[bytes], _Body], body: bytes) -> _Body:
         raise FrameError("too_deep") from error
 
 
-def _trades_left(emit: Emit) -> dict[str, tuple[int, list[tuple[int, int]]]]:
-    """Last trade counter, and the holes still open, that an earlier life of this connector left, per instrument."""
-    ring, left = emit.rings.get("trades"), dict[str, tuple[int, list[tuple[int, int]]]]()
-    if ring is None or not ring.next:
-        return left
-    codes, counters = ring.recent_columns("ticker", "trade_seq")
-    for code in np.unique(codes):
-        seen = np.unique(counters[(codes == code) & (counters >= 0)])
-        if not len(seen):
-            continue
-        before = np.flatnonzero(np.diff(seen) > 1)
-        holes = [(int(seen[i]) + 1, int(seen[i + 1]) - 1) for i in before[-HOLES_MAX:]]
-        left[ring.tickers[code]] = int(seen[-1]), [(a, b) for a, b in holes if b - a < REPAIR_IDS_MAX]
+def _trades_left(past: Past) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+    """Last trade counter, and the holes still open, that an earlier life left, per instrument."""
+    left = dict[str, tuple[int, list[tuple[int, int]]]]()
+    for tickers, (codes, counters) in past("trades", "trade_seq"):
+        for code in np.unique(codes):
+            seen = np.unique(counters[(codes == code) & (counters >= 0)])
+            if not len(seen):
+                continue
+            before = np.flatnonzero(np.diff(seen) > 1)
+            holes = [(int(seen[i]) + 1, int(seen[i + 1]) - 1) for i in before[-HOLES_MAX:]]
+            left[tickers[code]] = int(seen[-1]), [(a, b) for a, b in holes if b - a < REPAIR_IDS_MAX]
     return left
 
 
-def trade_holes_left(emit: Emit, known: Mapping[str, Collection[bytes]]) -> dict[str, list[tuple[int, int]]]:
+def trade_holes_left(past: Past, known: Mapping[str, Collection[bytes]]) -> dict[str, list[tuple[int, int]]]:
     """Holes of trades that the ledger of an earlier life tells and never called repaired, per instrument.
 
     For rows without a counter, which cannot show them; `known` ids were fetched before that life ended.
     """
-    ring = emit.rings[GAPS.name]
-    standing: dict[tuple[int, int, int], bool] = {}
-    for feed, *place, repaired in zip(
-        *ring.recent_columns("feed", "ticker", "first_id", "last_id", "repaired"), strict=True
-    ):  # fmt: skip
-        code, first, last = map(int, place)
-        if feed == b"trades" and 0 <= first <= last < first + REPAIR_IDS_MAX:
-            standing[code, first, last] = not repaired
+    standing: dict[tuple[str, int, int], bool] = {}
+    for tickers, (codes, *columns) in past(GAPS.name, "first_id", "last_id", "feed", "repaired"):
+        for code, first, last, feed, repaired in zip(codes.tolist(), *(c.tolist() for c in columns), strict=True):
+            if feed == b"trades" and 0 <= first <= last < first + REPAIR_IDS_MAX:
+                standing[tickers[code], first, last] = not repaired
     holes: dict[str, list[tuple[int, int]]] = {}
-    for (code, first, last), open_ in standing.items():
-        ticker = ring.tickers[code]
+    for (ticker, first, last), open_ in standing.items():
         here = set(known.get(ticker, ()))
         if open_ and not any(b"%d" % seq in here for seq in range(first, last + 1)):
             holes.setdefault(ticker, []).append((first, last))
     return {ticker: sorted(found)[-HOLES_MAX:] for ticker, found in holes.items()}
 
 
-def _trade_ids_left(emit: Emit) -> dict[str, tuple[list[bytes], int]]:
+def _trade_ids_left(past: Past) -> dict[str, tuple[list[bytes], int]]:
     """Newest ids and newest time of the trades without counter that an earlier life left, per instrument."""
-    ring, left = emit.rings.get("trades"), dict[str, tuple[list[bytes], int]]()
-    if ring is None or not ring.next:
-        return left
-    codes, counters, ids, times = ring.recent_columns("ticker", "trade_seq", "trade_id", "timestamp")
-    for code in np.unique(codes[counters < 0]):
-        mine = (codes == code) & (counters < 0)
-        left[ring.tickers[code]] = ids[mine][-TRADE_IDS_KEPT:].tolist(), int(times[mine].max())
+    left = dict[str, tuple[list[bytes], int]]()
+    for tickers, (codes, counters, ids, times) in past("trades", "trade_seq", "trade_id", "timestamp"):
+        for code in np.unique(codes[counters < 0]):
+            mine = (codes == code) & (counters < 0)
+            left[tickers[code]] = ids[mine][-TRADE_IDS_KEPT:].tolist(), int(times[mine].max())
     return left
 
 
-def _books_left(emit: Emit) -> dict[str, int]:
-    """Last book id that an earlier life of this connector published, per instrument."""
-    ring = emit.rings.get("orderbook_l2")
-    if ring is None or not ring.next:
-        return {}
-    codes, ids = ring.recent_columns("ticker", "update_id")
-    return {ring.tickers[code]: int(ids[codes == code][-1]) for code in np.unique(codes)}
+def _books_left(past: Past) -> dict[str, int]:
+    """Last book id that an earlier life published, per instrument."""
+    return {
+        tickers[code]: int(ids[codes == code][-1])
+        for tickers, (codes, ids) in past("orderbook_l2", "update_id")
+        for code in np.unique(codes)
+    }
 
 
 class Selection(msgspec.Struct, frozen=True):

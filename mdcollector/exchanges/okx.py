@@ -32,6 +32,7 @@ from mdcollector.exchanges import (
     InstrumentInfo,
     Limits,
     Options,
+    Past,
     Quantity,
     Reconnect,
     Send,
@@ -383,14 +384,6 @@ class Okx(Venue):
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
-        # Rows of merged trades have no counter, yet their ids are one.
-        known = {ticker: ids for ticker, (ids, _) in self._trade_ids_left.items()}
-        holes = trade_holes_left(emit, known)
-        for ticker, (ids, _) in self._trade_ids_left.items():
-            left = max((int(text) for text in ids if text.isdigit()), default=-1)
-            if left > self._trades_left.get(ticker, (-1, []))[0]:
-                self._trades_left[ticker] = left, holes.get(ticker, [])
-        self._trade_ids_left.clear()
         self._pending: dict[str, list[str]] = {}  # request id -> streams that are neither confirmed nor refused yet
         self._request_id = 0
         self._requests_ns: deque[int] = deque(maxlen=REQUESTS_PER_HOUR)  # of this connection, the newest ones
@@ -406,6 +399,17 @@ class Okx(Venue):
         self._last_said: dict[str, dict[str, float]] = {}  # stream of marks -> its last numbers
         if not options.credentials and any(stream.name.startswith(f"{_BOOKS}:") for stream in streams):
             self.notes["credentials"] = "none given: books each 100 ms instead of each change"
+
+    def _look_back(self, past: Past) -> None:
+        """Rows of merged trades have no counter, yet their ids are one."""
+        super()._look_back(past)
+        known = {ticker: ids for ticker, (ids, _) in self._trade_ids_left.items()}
+        holes = trade_holes_left(past, known)
+        for ticker, (ids, _) in self._trade_ids_left.items():
+            left = max((int(text) for text in ids if text.isdigit()), default=-1)
+            if left > self._trades_left.get(ticker, (-1, []))[0]:
+                self._trades_left[ticker] = left, holes.get(ticker, [])
+        self._trade_ids_left.clear()
 
     def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
         self._routes.clear()  # they may write rows of what is gone, from a stream that others share
