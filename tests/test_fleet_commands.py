@@ -249,10 +249,12 @@ def test_up_does_not_claim_that_rows_were_written_which_no_writer_took(
     file = tomllib.loads(fleet.config.read_text())
     fleet.config.write_text(tomli_w.dumps({**file, "writers": writers}))
     for more in ((), ("--json",)):
-        rows = fleet.published("bbo"), fleet.published("trades")
+        rows = fleet.published("bbo"), fleet.published("trades"), 0
         up = fleet.spawn("up", "-c", fleet.config, *more)
         until(
-            lambda rows=rows: fleet.published("bbo") > rows[0] and fleet.published("trades") > rows[1],
+            lambda rows=rows: all(
+                fleet.published(feed) > n for feed, n in zip(("bbo", "trades", "instruments"), rows, strict=True)
+            ),
             lambda: f"rows; {fleet.tail()}",
         )
         up.send_signal(signal.SIGINT)
