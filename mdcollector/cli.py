@@ -266,6 +266,7 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
 
     from mdcollector import config
     from mdcollector import supervisor as processes
+    from mdcollector.records import DATA_FEEDS
     from mdcollector.supervisor import Supervisor, balance, undrained, unread
 
     fleet = config.load(config_path)
@@ -332,7 +333,9 @@ def _supervise(config_path: Path, log_args: Sequence[str], seconds: float | None
             click.echo("every row that went in was written")
     if refused:
         return EXIT_CONFIG
-    return EXIT_FINDINGS if lost or idle or passed_over or (left and fleet.writers) else EXIT_DONE
+    # A writer that leaves out the ledger, the instruments or the clocks was told to.
+    data_left = bool(fleet.writers) and any(stream.rpartition("/")[2] in DATA_FEEDS for stream in left)
+    return EXIT_FINDINGS if lost or idle or passed_over or data_left else EXIT_DONE
 
 
 @main.command()
