@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 
 import aiohttp
@@ -213,7 +214,7 @@ def tls_context(ca_file: Path | None) -> ssl.SSLContext:
 async def get(
     session: aiohttp.ClientSession, url: str, rate_limited: Mapping[int, float] | None = None, tries: int = HTTP_TRIES
 ) -> tuple[int, bytes]:
-    """GET with retries of what is no answer (connection errors, timeouts, 5xx).
+    """GET with retries of what is no answer (connection errors, timeouts, also those of the backend (408), 5xx).
 
     RateLimited for 429, 418 and the statuses of `rate_limited`, with the wait that belongs to each (`RATE_LIMITED` of
     a venue).
@@ -233,7 +234,7 @@ async def get(
                 body = await response.content.read(HTTP_BODY_BYTES_MAX)
                 while not response.content.at_eof() and len(body) < HTTP_BODY_BYTES_MAX:
                     body += await response.content.read(HTTP_BODY_BYTES_MAX - len(body))
-                if response.status >= 500:
+                if response.status >= 500 or response.status == HTTPStatus.REQUEST_TIMEOUT:
                     raise Disconnected(f"{url}: HTTP {response.status}")
                 return response.status, body
     raise AssertionError("tenacity returns or raises")

@@ -597,6 +597,14 @@ class Binance(Venue):
         path = f"{self.API}/depth?symbol={quote(ticker)}&limit={levels}"
         self.wants.append(Fetch(f"depth {ticker}", path, self.snapshot_weight(self.options)))
 
+    def acknowledge(self, names: Sequence[str], now_ns: int) -> None:
+        """A book whose snapshot was refused asks for it no more by itself: it is asked for on each new connection."""
+        super().acknowledge(names, now_ns)
+        for name in names:
+            book = self.books.get(self._tickers.get(name, ""))
+            if book is not None and book.state is not LIVE and kind_of(name) == "depth":
+                self.want_snapshot(book)
+
     def want_repair(self, ticker: str, first: int, last: int) -> None:
         channel = self._trade_kinds.get(ticker) or self.options.trade_channel or self.TRADE_CHANNELS[0]
         if channel == "aggTrade":
