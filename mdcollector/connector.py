@@ -160,7 +160,7 @@ class Connector:
         self._clock = VenueClock(self.venue, settings.clock_s, lambda: self._fetcher.round_trip_ns)
         self._stats = StatsWriter(self.emit.directory)
         self._leg: Leg | None = None
-        self._reconnect: Reconnect | None = None
+        self._host_wanted: Reconnect | None = None  # another host, where the venue is polled
         self._woken = asyncio.Event()
         self._attempt = 0
         self._rows, self._data_ns, self._flowing_since_ns = self._rows_now(), 0, 0
@@ -216,10 +216,9 @@ class Connector:
                 self._note(error, "rate_limited")
             except Disconnected as error:
                 self._note(error, "stale" if isinstance(error, Stale) else "disconnected")
-            if self._reconnect is not None:
-                wait_s, self._reconnect = self._reconnect.wait_s, None
-                if wait_s:
-                    self._messages_per_s = max(MESSAGES_PER_S_LEAST, self._messages_per_s / 2)
+            if self._leg is not None and self._leg.wanted is not None:
+                wait_s = self._leg.wanted.wait_s
+                self._slow_down(wait_s)
             self._drop_leg()
             self._state = "waiting to reconnect"
             await asyncio.sleep(wait_s + self._jitter_s())
@@ -260,7 +259,7 @@ class Connector:
             fresh_ns = max((state.acknowledged_ns for state in self.venue.proof.values()), default=0)
             if time.time_ns() - max(opened_ns, self._data_ns, fresh_ns) > stale_s * 1e9 and self.venue.streams:
                 raise Stale(f"no fresh answer for {stale_s:g} s")
-            wanted, self._reconnect = self._reconnect, None
+            wanted, self._host_wanted = self._host_wanted, None
             if wanted is not None and not wanted.overlap:
                 await asyncio.sleep(wanted.wait_s + self._jitter_s())
                 raise Disconnected(wanted.cause)
@@ -310,12 +309,12 @@ class Connector:
             self._raise_if_over(leg)
             if time.time_ns() - self._data_ns > stale_s * 1e9 and self.venue.streams:
                 raise Stale(f"no data for {stale_s:g} s")
-            due = self._reconnect
+            due = leg.wanted
             if due is None and ends_at and time.monotonic() > ends_at:
                 due = Reconnect(LIFETIME, overlap=True)
-            if due is None or time.monotonic() < again_at:
+            if due is None or (due.overlap and time.monotonic() < again_at):
                 continue
-            self._reconnect = due
+            leg.wanted = due
             if not (due.overlap and self.venue.OVERLAPS):
                 raise Disconnected(due.cause)
             try:
@@ -328,7 +327,12 @@ class Connector:
                 wait_s = error.retry_after_s if isinstance(error, RateLimited) else 0.0
                 again_at = time.monotonic() + wait_s + self._jitter_s()
                 continue
-            self._reconnect, ends_at = None, self._end_of()
+            ends_at = self._end_of()
+
+    def _slow_down(self, wait_s: float) -> None:
+        """The venue has named a wait: what was sent was too much for it."""
+        if wait_s:
+            self._messages_per_s = max(MESSAGES_PER_S_LEAST, self._messages_per_s / 2)
 
     def _end_of(self) -> float:
         """When (monotonic) a connection that begins now is to be replaced; 0 = never."""
@@ -377,6 +381,9 @@ class Connector:
         deadline, flowing_since = time.monotonic() + OVERLAP_MOST_S, 0.0
         while time.monotonic() < deadline and not old.closed.is_set():
             await self._wait(new, TICK_S)
+            if new.wanted is not None and not new.wanted.overlap:  # it is not to be had for now, the old one is
+                self._slow_down(new.wanted.wait_s)
+                raise RateLimited(new.wanted.wait_s, new.wanted.cause)
             self._raise_if_over(new)
             if old.crash is not None:
                 raise old.crash
@@ -481,7 +488,7 @@ class Connector:
         """One connection is open and has nothing left to send, so what is subscribed anew comes at once."""
         if self._leg is None:
             return self._answering
-        return not (self._leg.outbox or self._leg.closed.is_set() or self.venue.overlapping or self._reconnect)
+        return not (self._leg.outbox or self._leg.closed.is_set() or self.venue.overlapping or self._leg.wanted)
 
     def _carry_out_current(self) -> None:
         if self._is_connected:
@@ -494,7 +501,10 @@ class Connector:
             if isinstance(want, Fetch):
                 self._fetcher.want(want)
             elif isinstance(want, Reconnect):
-                self._reconnect = want
+                if leg is None:
+                    self._host_wanted = want
+                else:
+                    leg.wanted = want
                 self._woken.set()
             elif leg is None:
                 raise AssertionError(f"{self.settings.exchange} is polled and wants to send {want.text!r}")

@@ -28,7 +28,7 @@ from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 from mdcollector.budget import BLOCK_MOST_S, Budget
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, Disconnected, FrameError, RateLimited
-from mdcollector.exchanges import Fetch, Venue
+from mdcollector.exchanges import Fetch, Reconnect, Venue
 
 FRAME_BYTES_MAX = 64 << 20  # the largest frame seen has 5 MB (a Coinbase snapshot)
 RECEIVE_BUFFER_BYTES = (
@@ -52,7 +52,7 @@ class Leg(WSListener):
     # The base class has no dict, and CPython 3.11 does not speed up looks into one that is added: 30 ns each.
     __slots__ = (
         "_clock", "_emit", "_fragments", "_fresh", "_on_packet", "_time_ns", "cause", "closed", "crash", "decode",
-        "opened_ns", "outbox", "packets", "tails_checked", "transport",
+        "opened_ns", "outbox", "packets", "tails_checked", "transport", "wanted",
     )  # fmt: skip
 
     def __init__(self, emit: Emit, decode: Decode, on_packet: Callable[["Leg"], None]) -> None:
@@ -66,6 +66,7 @@ class Leg(WSListener):
         self.cause = "closed"
         self.crash: BaseException | None = None
         self.outbox: deque[str] = deque()
+        self.wanted: Reconnect | None = None  # another connection in its place
         self._emit, self._on_packet = emit, on_packet
         self._fresh = True
         self._fragments: list[bytes] = []
