@@ -50,7 +50,7 @@ MESSAGES_PER_S_LEAST = 0.25
 LIFETIME = "lifetime"  # cause of a replacement that was planned
 OVERLAP_LEAD_S = 1.5  # frames of the old one are remembered so long before: a subscription may begin with the newest
 OVERLAP_S = 3.0  # both connections deliver for so long after the new one has begun
-OVERLAP_MOST_S = 30.0  # then the old one goes, whatever the new one brings
+OVERLAP_MOST_S = 30.0  # then the old one goes, unless the new one is acknowledged and only the old one brings data
 OVERLAP_QUIET_S = 2.0  # without a duplicate, then the new one has brought all that the old one did before it went
 OVERLAP_TAIL_MOST_S = 30.0
 OVERLAP_FRAMES_MAX = 200_000  # frames remembered to drop what both connections bring
@@ -70,6 +70,7 @@ class OverlapFilter:
         self._decode, self._identity, self._emit = venue.decode, venue.identity, emit
         self._ahead: Counter[bytes] = Counter()  # frames of the first leg minus frames of the second one
         self._duplicate_at = time.monotonic()
+        self._new_delivers = self._old_delivers = False
 
     def decode_of(self, sign: int) -> "FilteredDecode":
         """The decode function of the old (+1) or the new (-1) connection."""
@@ -95,8 +96,20 @@ class OverlapFilter:
         """No duplicate for a while: neither connection is behind the other any more."""
         return time.monotonic() - self._duplicate_at > OVERLAP_QUIET_S
 
+    def expect(self) -> None:
+        """From now on the new connection should bring what the old one does."""
+        self._old_delivers = False
+
+    @property
+    def delivers(self) -> bool:
+        """The new connection has brought market data, or the old one brings none either."""
+        return self._new_delivers or not self._old_delivers
+
     def decode(self, frame: bytes, sign: int) -> None:
         identity = self._identity(frame)
+        if identity is not None:
+            self._new_delivers |= sign < 0
+            self._old_delivers |= sign > 0
         if identity is None or self.passes(identity, sign):
             self._decode(frame)
 
@@ -358,7 +371,7 @@ class Connector:
                 await self._wait(old, TICK_S)
             new = await self._open_beside(old, overlap.decode_of(-1))
             self._leg = new
-            await self._overlap(old, new)
+            await self._overlap(old, new, overlap)
         except (Disconnected, RateLimited):
             if new is not None:
                 new.close()
@@ -376,9 +389,12 @@ class Connector:
         self._state = "connected"
         return new
 
-    async def _overlap(self, old: Leg, new: Leg) -> None:
-        """Until the new connection has shown for a while that it delivers, or the old one ends by itself."""
-        deadline, flowing_since = time.monotonic() + OVERLAP_MOST_S, 0.0
+    async def _overlap(self, old: Leg, new: Leg, overlap: OverlapFilter) -> None:
+        """Until the new connection has shown for a while that it delivers, or the old one ends by itself.
+
+        Acknowledgements do not show it: Disconnected when the old one brings market data and the new one none.
+        """
+        deadline, flowing_since, is_proven = time.monotonic() + OVERLAP_MOST_S, 0.0, False
         while time.monotonic() < deadline and not old.closed.is_set():
             await self._wait(new, TICK_S)
             if new.wanted is not None and not new.wanted.overlap:  # it is not to be had for now, the old one is
@@ -387,10 +403,17 @@ class Connector:
             self._raise_if_over(new)
             if old.crash is not None:
                 raise old.crash
-            if new.packets and self._proven() and not flowing_since:
+            if not is_proven and new.packets and self._proven():
+                is_proven = True
+                overlap.expect()
+            if not is_proven or not overlap.delivers:
+                flowing_since = 0.0
+            elif not flowing_since:
                 flowing_since = time.monotonic()
-            if flowing_since and time.monotonic() - flowing_since > OVERLAP_S:
+            elif time.monotonic() - flowing_since > OVERLAP_S:
                 return
+        if is_proven and not overlap.delivers and not old.closed.is_set():
+            raise Disconnected("the new connection is acknowledged and brings nothing")
         if not flowing_since:  # then the two were not open side by side
             self._holes_from_us = {**self._last_unsequenced_us(), **self._holes_from_us}
             self._tell_holes()

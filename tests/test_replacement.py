@@ -151,3 +151,37 @@ def test_notice_on_the_new_connection_is_followed(desk: Callable[[str], Desk]) -
         at.connector.emit.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("old_brings", "new_brings"), [(True, False), (True, True), (False, True), (False, False)])
+def test_the_old_connection_goes_when_the_new_one_has_brought_data(
+    old_brings: bool, new_brings: bool, desk: Callable[[str], Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where neither brings anything there is nothing to wait for."""
+    monkeypatch.setattr(module, "OVERLAP_MOST_S", 0.2)
+
+    async def scenario() -> None:
+        at = desk("binance_spot")
+        old, serving = await at.begin()
+        legs: list[HandedLeg] = []
+
+        async def wait(leg: Leg, _: float) -> None:
+            """Meanwhile the market moves."""
+            for one, brings in ((old, old_brings), *((new, new_brings) for new in legs)):
+                if brings and not one.closed.is_set():
+                    at.trade(one)
+            await asyncio.sleep(0)
+
+        monkeypatch.setattr(at.connector, "_wait", wait)
+        at.replace(old)
+        new = await first(at.opened.get(), serving)
+        at.acknowledge(new)
+        legs.append(new)
+        await first(old.closed.wait(), new.closed.wait(), serving)
+        stays, goes = (old, new) if old_brings and not new_brings else (new, old)
+        assert goes.closed.is_set()
+        assert not stays.closed.is_set()
+        serving.cancel()
+        at.connector.emit.close()
+
+    asyncio.run(scenario())
