@@ -43,14 +43,17 @@ class Budget:
         self._boot = bytes.fromhex(_BOOT_ID.read_text(encoding="ascii").strip().replace("-", ""))
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
 
-    def take(self, cost: float) -> float:
-        """Take `cost` tokens (at most a full bucket) if they are there; else the seconds to wait before asking again."""
+    def take(self, cost: float, keep: float = 0.0) -> float:
+        """Take `cost` tokens (at most a full bucket) if they are there; else the seconds to wait before asking again.
+
+        `keep`: so many must be left for others.
+        """
         cost, now = min(cost, self.capacity), _now()
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             tokens, blocked_until = self._state(fd, now)
-            wait_s = max(blocked_until - now, (cost - tokens) * self._per_token_s)
+            wait_s = max(blocked_until - now, (cost + keep - tokens) * self._per_token_s)
             if wait_s <= 0:
                 tokens -= cost
             self._store(fd, tokens, now, blocked_until)

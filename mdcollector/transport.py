@@ -13,7 +13,7 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
@@ -25,7 +25,7 @@ import picows
 import tenacity
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
-from mdcollector.budget import BLOCK_MOST_S, Budget
+from mdcollector.budget import BLOCK_MOST_S, WAIT_MOST_S, Budget
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, Disconnected, FrameError, RateLimited
 from mdcollector.exchanges import Fetch, Reconnect, Venue
@@ -41,6 +41,7 @@ HTTP_BODY_BYTES_MAX = 64 << 20
 HTTP_TRIES = 5  # of a request that fails without an answer; then it is wanted again by whoever needs it
 FETCHES_WAITING_MAX = 20_000
 BUDGET_WAIT_MOST_S = 5.0  # of who can do without the answer
+RESERVE = 0.5  # of the weight that may go at once: kept from requests that can wait
 RETRY_AFTER_DEFAULT_S = 60.0  # a 429 or 418 without Retry-After
 
 Decode = Callable[[bytes], None]
@@ -323,11 +324,8 @@ class Fetcher:
         """Work off what is wanted, for ever. `before_answer` is called before the venue takes one, `on_answer` after."""
         async with open_session(self._tls, self._venue.HTTP_HEADERS) as session:
             while True:
-                while not self._waiting:
-                    self._news.clear()
-                    await self._news.wait()
-                key, fetch = next(iter(self._waiting.items()))
-                await self._budget.spend(fetch.weight)
+                fetch = await self._due()
+                key = fetch.key
                 answered = await self._one(session, fetch)
                 del self._waiting[key]
                 if answered is not None:
@@ -338,6 +336,24 @@ class Fetcher:
                 rounds = min(self.failures // len(self._bases), 30)
                 if answered is None and rounds:
                     await asyncio.sleep(random.uniform(0, min(self._wait_most_s, 0.5 * 2.0**rounds)))  # noqa: S311 (jitter)
+
+    async def _due(self) -> Fetch:
+        """The next request, once its weight was taken: the first one, of those that can wait only when there is no other."""
+        while True:
+            self._news.clear()
+            fetch = next(iter(self._waiting.values()), None)
+            if fetch is not None and fetch.can_wait:
+                fetch = next((other for other in self._waiting.values() if not other.can_wait), fetch)
+            if fetch is None:
+                await self._news.wait()
+            elif not fetch.can_wait:
+                await self._budget.spend(fetch.weight)
+                return fetch
+            elif wait_s := self._budget.take(fetch.weight, self._budget.capacity * RESERVE):
+                with suppress(TimeoutError):  # one that cannot wait may be wanted meanwhile
+                    await asyncio.wait_for(self._news.wait(), min(wait_s, WAIT_MOST_S))
+            else:
+                return fetch
 
     def _hold(self, error: RateLimited) -> None:
         """No connector of this machine asks before the time that the venue gave."""

@@ -1,15 +1,17 @@
-"""A book whose snapshot was refused, decoded from frames: it is asked for again on the next connection, and only then."""
+"""Snapshots of Binance's books that do not come at once: refused ones, and those for which polls leave no weight."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+from mdcollector import budget, transport
 from mdcollector.emit import Emit
 from mdcollector.exchanges import Fetch, Options, Send
 from mdcollector.exchanges.binance import Binance, BinanceFutures, BinanceSpot
 
-SMALL = {"orderbook_l2": 512, "gaps": 512, "instruments": 512}
+SMALL = {"orderbook_l2": 512, "tickers": 512, "gaps": 512, "instruments": 512}
 BASE_MS = 1_796_083_200_000
 
 
@@ -73,4 +75,42 @@ def test_a_refused_snapshot_is_asked_for_on_the_next_connection(
     assert fetched(venue) == []
     venue.http(url, b'{"lastUpdateId":22,"bids":[],"asks":[]}')
     assert venue.books["AB"].state == "live"
+    emit.close()
+
+
+def test_polls_leave_request_weight_for_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll of open interest waits while less than the reserve is left; a snapshot wanted later goes before it."""
+    now, urls = [1000.0], list[str]()
+    monkeypatch.setattr(budget, "_now", lambda: now[0])
+
+    async def answer(_session: object, url: str, *_: object) -> tuple[int, bytes]:
+        urls.append(url)
+        return 400, b""
+
+    monkeypatch.setattr(transport, "get", answer)
+    kind = BinanceFutures
+    emit = Emit(tmp_path / "rings", "t", kind.EXCHANGE, ["tickers"], semaphore=False, capacities=SMALL)
+    venue = kind(emit, Options(), kind.streams_of("AB", ["tickers"], Options()))
+    venue.tick(BASE_MS * 1_000_000)
+    poll = venue.wants.popleft()
+    assert isinstance(poll, Fetch)
+    shared = budget.Budget(tmp_path / "b", 2400, 60)
+    assert not shared.take(shared.capacity / 2)  # the reserve is left, and not one more
+    fetcher = transport.Fetcher(emit, venue, ["http://a"], shared, None)
+    fetcher.want(poll)
+    fetcher.want(Fetch("depth AB", "/depth", 20))
+
+    class EnoughError(Exception):
+        """The end of the test."""
+
+    def on_answer() -> None:
+        if len(urls) == 2:
+            raise EnoughError
+        assert urls == ["http://a/depth"]
+        now[0] += 60.0
+        fetcher.want(poll)  # the same one; it only wakes up who waits
+
+    with pytest.raises(EnoughError):
+        asyncio.run(fetcher.run(on_answer, lambda: None))
+    assert urls[1] == f"http://a{poll.path}", "with weight enough it goes"
     emit.close()

@@ -88,6 +88,7 @@ class Fetch(msgspec.Struct, frozen=True):
     weight: int
     answer: Callable[[bytes], None] | None = None  # who takes the body; None = the venue's `http`
     failed: Callable[[int, bytes], None] | None = None  # who takes a refusal; None = the venue's `http_failed`
+    can_wait: bool = False  # behind all others, and only while a reserve of request weight is left for them
 
 
 class Reconnect(msgspec.Struct, frozen=True):

@@ -919,7 +919,8 @@ class BinanceFutures(Binance):
         ticker = tickers[self._polls % len(tickers)]
         self._polls += 1
         path = f"{self.API}/openInterest?symbol={quote(ticker)}"
-        self.wants.append(Fetch(f"open_interest {ticker}", path, 1))
+        # All connections together may ask for more than the weight that flows in, which then is not there for books.
+        self.wants.append(Fetch(f"open_interest {ticker}", path, 1, can_wait=True))
 
 
 VENUES = (BinanceSpot, BinanceFutures)
