@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from mdcollector import clocks
@@ -176,6 +177,25 @@ def test_times_are_read_as_the_venue_writes_them(exchange: str, body: str, truth
     for senseless in (b"{}", b"[]", b'{"serverTime":"x"}', b'{"code":"0","msg":"","data":[]}', b'{"result":null}'):
         with pytest.raises((FrameError, ValueError)):
             kind.server_time(senseless)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "body"),
+    [
+        ("binance_spot", '{"serverTime":%s}'),
+        ("binance_futures", '{"serverTime":%s}'),
+        ("okx", '{"code":"0","msg":"","data":[{"ts":"%s"}]}'),
+        ("bybit_linear", '{"retCode":0,"retMsg":"OK","result":{"timeNano":"%s"}}'),
+        ("deribit", '{"jsonrpc":"2.0","id":1,"result":%s}'),
+        ("deribit", '{"jsonrpc":"2.0","result":1733338800000,"usOut":%s}'),
+        ("coinbase_exchange", '{"iso":"%s-07-01T23:47:25.201Z"}'),
+    ],
+)
+def test_an_impossible_time_is_refused(exchange: str, body: str) -> None:
+    """Arithmetic with it would end the process."""
+    for impossible in ("9" * 19, "9" * 400, "-1"):
+        with pytest.raises((FrameError, msgspec.DecodeError)):
+            venue_class(exchange).server_time((body % impossible).encode())
 
 
 def test_the_offset_of_a_fleet_is_true_within_its_uncertainty_and_stored_and_shown(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_an_impossible_level_refuses_its_message_and_the_book_heals(level: list[
 
 @pytest.mark.parametrize("bad", [{"lastPrice": "nan"}, {"lastPrice": "1e999"}, {"volume24h": "x"}, {"markPrice": True},
                                  {"nextFundingTime": "-5"}, {"nextFundingTime": "9e99"}, {"symbol": "CD"},
+                                 {"nextFundingTime": "inf"}, {"nextFundingTime": "1e999"}, {"nextFundingTime": "1e306"},
                                  {"openInterest": "1e300"}])  # fmt: skip
 def test_an_impossible_ticker_is_a_hole_until_the_next_snapshot(bad: dict[str, Any], probe: Make) -> None:
     """What a refused delta changed is not known: nothing is merged with it, and the topic is taken anew."""

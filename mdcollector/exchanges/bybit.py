@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import msgspec
 
 from mdcollector.continuity import HOLE, LIVE, NEXT, OLD, BookSync, TradeIds, TradeRow
-from mdcollector.emit import Emit
+from mdcollector.emit import QTY_MAX, Emit
 from mdcollector.errors import ConfigError, FrameError, RateLimited
 from mdcollector.exchanges import (
     ROUTES_MAX,
@@ -204,7 +204,7 @@ class _Phase(msgspec.Struct):
 class _TimeResult(msgspec.Struct):
     """{"timeSecond":"1688639403","timeNano":"1688639403423213947"}"""
 
-    timeNano: Annotated[int, msgspec.Meta(gt=0)]  # noqa: N815 (the venue's name)
+    timeNano: Annotated[int, msgspec.Meta(gt=0, lt=4_102_444_800_000_000_000)]  # noqa: N815 (the venue's name)
 
 
 class _Time(msgspec.Struct):
@@ -928,14 +928,14 @@ def _rest_rows(ticker: str, body: bytes) -> list[TradeRow]:
 
 
 def _number(name: str, text: _Text) -> float:
-    """A value of a ticker; NaN where the venue leaves it empty."""
+    """A value of a ticker, smaller than QTY_MAX; NaN where the venue leaves it empty."""
     if text is None or text == "":
         return _NAN
     try:
         value = float(text) if not isinstance(text, bool) else _NAN
     except (ValueError, OverflowError):
         value = _NAN
-    if value != value:
+    if not -QTY_MAX < value < QTY_MAX:
         raise FrameError("absurd_number", f"ticker {name}={str(text)[:50]}")
     return value
 

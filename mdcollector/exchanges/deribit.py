@@ -27,6 +27,7 @@ from mdcollector.exchanges import (
     Reconnect,
     Send,
     Stream,
+    Time,
     Venue,
     decode_body,
 )
@@ -148,7 +149,6 @@ class _Envelope(msgspec.Struct):
     id: int | str | None = None
     result: msgspec.Raw = _NOTHING
     error: _Error | None = None
-    usOut: int = 0  # noqa: N815 (the venue's name)
 
 
 class _Token(msgspec.Struct):
@@ -161,7 +161,7 @@ class _TimeReply(msgspec.Struct):
     """{"jsonrpc":"2.0","result":1733338800000,"usIn":1733338800000123,"usOut":1733338800000130,"usDiff":7,...}"""
 
     result: TimeMs
-    usOut: int = 0  # noqa: N815 (the venue's name); when the answer went out
+    usOut: Time = 0  # noqa: N815 (the venue's name); when the answer went out
 
 
 class _Instrument(msgspec.Struct):
