@@ -438,6 +438,12 @@ def _levels(levels: list[list[Any]]) -> list[tuple[str, str]]:
     return [(str(price), "0" if what == "delete" else str(amount)) for what, price, amount in levels]
 
 
+def price_of(data: Json, side: str) -> float | str:
+    """The best price of a side, NaN where it has no orders."""
+    price = data.get(f"best_{side}_price")
+    return "nan" if price is None or float(data.get(f"best_{side}_amount", 1)) == 0 else float(price)
+
+
 class DeribitModel:
     """Deribit by plain json; candles of the chart channel are left to their own test (they need a memory)."""
 
@@ -479,8 +485,8 @@ class DeribitModel:
             rows["bbo"].append(
                 {
                     **head(data["instrument_name"], data["timestamp"] * 1000, LAST),
-                    "bid_price": number(data["best_bid_price"]), "bid_qty": float(data["best_bid_amount"]),
-                    "ask_price": number(data["best_ask_price"]), "ask_qty": float(data["best_ask_amount"]),
+                    "bid_price": price_of(data, "bid"), "bid_qty": float(data["best_bid_amount"]),
+                    "ask_price": price_of(data, "ask"), "ask_qty": float(data["best_ask_amount"]),
                     "update_id": None,
                 }
             )  # fmt: skip
@@ -491,8 +497,8 @@ class DeribitModel:
                     **head(data["instrument_name"], data["timestamp"] * 1000, LAST),
                     "last": number(data.get("last_price")), "open_24h": "nan", "high_24h": number(stats.get("high")),
                     "low_24h": number(stats.get("low")), "volume_24h": number(stats.get("volume")),
-                    "quote_volume_24h": number(stats.get("volume_usd")), "bid_price": number(data.get("best_bid_price")),
-                    "ask_price": number(data.get("best_ask_price")), "mark_price": number(data.get("mark_price")),
+                    "quote_volume_24h": number(stats.get("volume_usd")), "bid_price": price_of(data, "bid"),
+                    "ask_price": price_of(data, "ask"), "mark_price": number(data.get("mark_price")),
                     "index_price": number(data.get("index_price")), "open_interest": number(data.get("open_interest")),
                     "funding_rate": number(data.get("current_funding")), "next_funding_time": None,
                 }

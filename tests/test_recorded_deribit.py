@@ -1,6 +1,7 @@
 """Recorded Deribit traffic through normalize: every stored row against plain json, every book against a plain dict."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -492,6 +493,35 @@ def test_trades_body_repairs_a_hole(name: str, venue: Any) -> None:
     assert [(int(g["first_id"]), int(g["last_id"]), bool(g["repaired"])) for g in gaps] == [
         (first, last, False), *([(first, last, True)] if whole else [])
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("nothing", [{"price": 0, "amount": 0}, {"price": 0.0, "amount": 0.0},
+                                     {"price": None, "amount": 0}, {"price": None, "amount": None}])  # fmt: skip
+@pytest.mark.parametrize("side", ["bid", "ask"])
+def test_a_side_without_orders_has_no_price(side: str, nothing: dict[str, Any], venue: Any) -> None:
+    venue.emit.packet(SAMPLE_TIME_NS, venue.emit.clock())
+    data = {"timestamp": 1_796_000_000_000, "instrument_name": "A", "best_bid_price": -1.5, "best_bid_amount": 2.0,
+            "best_ask_price": 3.5, "best_ask_amount": 4.0}  # fmt: skip
+    data |= {f"best_{side}_{what}": value for what, value in nothing.items()}
+    for channel in ("quote.A", "ticker.A.100ms"):
+        params = {"channel": channel, "data": data}
+        venue.decode(json.dumps({"jsonrpc": "2.0", "method": "subscription", "params": params}).encode())
+    ((quote,), (ticker,)) = (venue.emit.rings[feed].recent_rows(0) for feed in ("bbo", "tickers"))
+    other = "ask" if side == "bid" else "bid"
+    for row in (quote, ticker):
+        assert math.isnan(row[f"{side}_price"])
+        assert row[f"{other}_price"] == {"bid": -1.5, "ask": 3.5}[other]
+    assert (quote[f"{side}_qty"], quote[f"{other}_qty"]) == (0, {"bid": 2.0, "ask": 4.0}[other])
+
+
+@needs_data
+def test_the_recorded_ticker_of_an_option_that_nobody_quotes(venue: Any) -> None:
+    venue.emit.packet(SAMPLE_TIME_NS, venue.emit.clock())
+    venue.decode((FOLDER / "samples" / "ticker_09.json").read_bytes())
+    (row,) = venue.emit.rings["tickers"].recent_rows(0)
+    assert math.isnan(row["bid_price"])
+    assert math.isnan(row["ask_price"])
+    assert row["open_interest"] == 0
 
 
 def test_a_trade_of_a_new_direction_is_told_and_kept(venue: Any) -> None:

@@ -44,6 +44,7 @@ CANDLE_AHEAD_MAX_US = 3_600_000_000  # a candle that starts later than this from
 NEVER_MS = 4_102_444_800_000  # an expiry from the year 2100 on is none
 REFRESH_SHARE = 0.8  # of a token's life, then it is refreshed
 _NOTHING = msgspec.Raw(b"")
+_NAN = math.nan
 _TOO_MANY_REQUESTS, _RAW_UNAUTHORIZED = 10028, 13778
 # retry, settlement_in_progress, queue full, too_many_concurrent_requests, system_maintenance, temporarily_unavailable,
 # timed_out: codes that other clients were seen to retry on
@@ -112,7 +113,9 @@ class Ticker(msgspec.Struct, gc=False):
     stats: _Stats = msgspec.field(default_factory=_Stats)
     last_price: Optional = None
     best_bid_price: Optional = None
+    best_bid_amount: Optional = None
     best_ask_price: Optional = None
+    best_ask_amount: Optional = None
     mark_price: Optional = None
     index_price: Optional = None
     current_funding: Optional = None
@@ -253,7 +256,7 @@ def _pairs(levels: Levels) -> list[tuple[float, float]]:
 
 
 def _given(value: float | None) -> float:
-    return float("nan") if value is None else value
+    return _NAN if value is None else value
 
 
 class Deribit(Venue):
@@ -572,8 +575,10 @@ class Deribit(Venue):
 
         def on_quote(frame: bytes) -> None:
             q = _decode_quote(frame).params.data
-            bid, ask = _given(q.best_bid_price), _given(q.best_ask_price)
-            emit_bbo(instrument, q.timestamp * 1000, bid, q.best_bid_amount or 0.0, ask, q.best_ask_amount or 0.0)
+            bid_qty, ask_qty = q.best_bid_amount or 0.0, q.best_ask_amount or 0.0
+            bid = _given(q.best_bid_price) if bid_qty else _NAN  # a side without orders has the price 0
+            ask = _given(q.best_ask_price) if ask_qty else _NAN
+            emit_bbo(instrument, q.timestamp * 1000, bid, bid_qty, ask, ask_qty)
 
         return on_quote
 
@@ -585,7 +590,9 @@ class Deribit(Venue):
             t = _decode_ticker(frame).params.data
             values = {
                 "last": t.last_price, "high_24h": t.stats.high, "low_24h": t.stats.low, "volume_24h": t.stats.volume,
-                "quote_volume_24h": t.stats.volume_usd, "bid_price": t.best_bid_price, "ask_price": t.best_ask_price,
+                "quote_volume_24h": t.stats.volume_usd,
+                "bid_price": t.best_bid_price if t.best_bid_amount != 0 else None,
+                "ask_price": t.best_ask_price if t.best_ask_amount != 0 else None,
                 "mark_price": t.mark_price, "index_price": t.index_price, "funding_rate": t.current_funding,
                 "open_interest": t.open_interest,
             }  # fmt: skip
