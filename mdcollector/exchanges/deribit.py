@@ -306,7 +306,8 @@ class Deribit(Venue):
         self._refresh_at_ns = 0
         self._had_raw = self._login_lost = False  # on this connection
         self._begin_again: dict[str, int] = {}  # what the venue had no time for -> when it is asked again
-        self._login_waits = False  # the login is among that, or was, and is not answered yet
+        self._login_waits = False  # the login of this connection is not answered yet
+        self._fell_back = False  # the streams are the 100 ms ones in place of raw
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._candles: dict[tuple[str, str], Chart] = {}
@@ -356,9 +357,9 @@ class Deribit(Venue):
         self._refresh_token, self._refresh_at_ns = "", 0
         self._had_raw = self._login_lost = False
         self._begin_again.clear()
-        self._login_waits = False
+        self._login_waits = bool(self.options.credentials)
         self._begin(_HEARTBEAT)
-        if self.options.credentials:
+        if self._login_waits:
             self._begin(_LOGIN)  # subscribing waits for the reply: the token belongs to the connection
         else:
             self.subscribe([stream.name for stream in self.streams])
@@ -440,7 +441,7 @@ class Deribit(Venue):
             self._refresh_at_ns = time.time_ns() + int(token.expires_in * REFRESH_SHARE * 1e9)
             if method == _LOGIN:
                 self._login_waits = False
-                self.subscribe([stream.name for stream in self.streams])
+                self._logged_in()
         elif method == "public/subscribe":
             confirmed = _decode_names(envelope.result)
             self.acknowledge(confirmed, time.time_ns())
@@ -462,7 +463,6 @@ class Deribit(Venue):
             self._lost_login(text)
         elif error.code in _NOT_NOW:
             self.emit.counters["venue_busy"] += 1  # a subscription stays unconfirmed, so it is asked for again
-            self._login_waits |= method == _LOGIN
             if method in (_LOGIN, _HEARTBEAT):
                 self._begin_again[method] = time.time_ns() + AGAIN_NS
         elif error.code == _RAW_UNAUTHORIZED or method == _LOGIN:  # whatever it has against it: record what is public
@@ -501,10 +501,26 @@ class Deribit(Venue):
         """Without a valid login the raw channels are closed to us: take the 100 ms ones and say so."""
         self.emit.counters["raw_refused"] += 1
         self.notes["credentials"] = f"{reason}: 100 ms channels instead of raw"
-        self.streams = [Stream(_slower(s.name), s.feed, s.ticker) for s in self.streams]
-        self.proof = {_slower(name): state for name, state in self.proof.items()}
-        self._tickers = {stream.name: stream.ticker for stream in self.streams}
+        self._fell_back |= any(_is_raw(stream.name) for stream in self.streams)
+        self._rename(_slower)
         self.subscribe([stream.name for stream in self.streams])
+
+    def _logged_in(self) -> None:
+        """Take all channels; the raw ones again, if an earlier login failed.
+
+        Not those beside a connection that still brings the 100 ms ones: the changes of both cannot be joined to one book.
+        """
+        if not self.overlapping:
+            self.notes.pop("credentials", None)
+            if self._fell_back:
+                self._fell_back = False
+                self._rename(_raw)
+        self.subscribe([stream.name for stream in self.streams])
+
+    def _rename(self, renamed: Callable[[str], str]) -> None:
+        self.streams = [Stream(renamed(s.name), s.feed, s.ticker) for s in self.streams]
+        self.proof = {renamed(name): state for name, state in self.proof.items()}
+        self._tickers = {stream.name: stream.ticker for stream in self.streams}
 
     def _handler(self, channel: str) -> Callable[[bytes], None]:
         """What decodes the notifications of a channel; FrameError when its instrument or kind is not wanted."""
@@ -690,6 +706,10 @@ def _is_raw(channel: str) -> bool:
 
 def _slower(channel: str) -> str:
     return channel.removesuffix(".raw") + ".100ms" if _is_raw(channel) else channel
+
+
+def _raw(channel: str) -> str:
+    return channel.removesuffix(".100ms") + ".raw" if channel.endswith(".100ms") else channel
 
 
 def _rpc(request_id: int, method: str, params: dict[str, Any]) -> str:
