@@ -169,7 +169,7 @@ class BookSync:
     """
 
     __slots__ = (
-        "_accounted_id", "_asks", "_bids", "_cause_id", "_emit", "_follows", "_held", "_held_levels", "_hole",
+        "_accounted_id", "_asks", "_bids", "_cause_id", "_cut", "_emit", "_follows", "_held", "_held_levels", "_hole",
         "_old_from", "_old_id", "_old_run", "_stale", "_unproven_id", "_want_snapshot", "cause", "crossed_since",
         "instrument", "last_id", "last_time", "proven", "state",
     )  # fmt: skip
@@ -194,6 +194,7 @@ class BookSync:
         self._hole: tuple[int, int] | None = None  # as the ledger has it; late messages may fill it
         self._accounted_id = published_id  # while not live: all up to it is published or told as missing
         self._unproven_id = -1  # the newest that was published without a book
+        self._cut = ""  # cause of the first connection that ended while broken; what was missed then is not told yet
         self._old_run = self._old_from = 0  # old messages since `last_id` was `_old_id`, first id of the first one
         self._old_id = -1
         self.crossed_since = 0
@@ -243,6 +244,8 @@ class BookSync:
             # A snapshot that replaces a live book, or follows an earlier life, hides what happened in between.
             cause = self.cause if self.cause != "sequence" and self.last_id == self._cause_id else "snapshot"
             self._gap(min(self.last_id + 1, last_id), last_id, timestamp, cause)
+        elif self._cut:
+            self._tell_cut(last_id, timestamp)
         self._emit.counters["book_superseded"] += len(self._held) - len(held)
         self._bids.load(bids)
         self._asks.load(asks)
@@ -263,6 +266,8 @@ class BookSync:
         """The connection ended: a hole that shows next is its doing."""
         if self.state is LIVE:
             self.cause, self._cause_id = cause, self.last_id
+        elif self.state is BROKEN:
+            self._cut = self._cut or cause
 
     def distrust(self, cause: str, since: tuple[int, int] | None = None) -> None:
         """Give the book up and take a new snapshot: it is proven wrong, or its continuity cannot be shown any more.
@@ -270,7 +275,7 @@ class BookSync:
         `since` (else `proven`): id and time of the last state that is sure; the ledger then names all that followed.
         """
         if self.state is LIVE and (since := since or self.proven) is not None:
-            self._hole, self.state = None, BROKEN
+            self._hole, self._cut, self.state = None, "", BROKEN
             self._gap(since[0] + 1, self.last_id + 1, self._emit.rcv_us, cause, from_time=since[1])
         elif self.state is LIVE:
             self._break(self.last_id, self.last_id, self._emit.rcv_us, cause, fillable=False)
@@ -304,10 +309,20 @@ class BookSync:
     # How it is done
 
     def _break(self, first_id: int, last_id: int, to_time: int, cause: str, *, fillable: bool) -> None:
-        self._hole = (first_id, last_id) if fillable else None
+        self._hole, self._cut = (first_id, last_id) if fillable else None, ""
         self._accounted_id, self._unproven_id = last_id, -1
         self._gap(first_id, last_id, to_time, cause)
         self.state = BROKEN
+
+    def _tell_cut(self, last_id: int, timestamp: int) -> None:
+        """A snapshot ends a break during which a connection ended: what the ledger lacks up to it was missed.
+
+        So were held messages that it supersedes: they came, and are in no row.
+        """
+        reached = max(self._accounted_id, self.last_id)
+        if not self.last_id <= last_id <= reached:
+            self._gap(min(reached + 1, last_id), last_id, timestamp, self._cut)
+        self._cut = ""
 
     def _old(self, first_id: int, last_id: int, timestamp: int) -> None:
         """A duplicate. Nothing but duplicates for long: an impossible id was believed, or the venue began anew."""

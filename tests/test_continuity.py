@@ -439,6 +439,60 @@ def test_an_in_band_snapshot_is_newer_than_all_that_is_held() -> None:
 # Crossed books (F19)
 
 
+@pytest.mark.parametrize("chained", [False, True])
+def test_what_a_connection_that_ended_on_a_broken_book_missed_is_told(chained: bool) -> None:
+    with emitter() as emit:
+        rig = Rig(emit, chained)
+        rig.snapshot(99, ({1.0: 1.0}, {}), in_band=True)
+        rig.delta(Message(105, 105, 104, ((2.0, 1.0),), ()))
+        assert ledger(emit) == [(100, 104, "sequence", False)]
+        rig.book.disconnected("reconnect")
+        rig.book.disconnected("stale")
+        rig.snapshot(9000, ({3.0: 1.0}, {}), in_band=True)
+        assert ledger(emit)[1:] == [(105, 9000, "reconnect", False)], "105 came, and is in no row"
+        since, until = (emit.rings["gaps"].recent_rows(0)[name].tolist()[1] for name in ("from_time", "to_time"))
+        assert since < until == rig.time
+        rig.delta(Message(9010, 9010, 9009, (), ()))
+        rig.snapshot(9020, ({3.0: 1.0}, {}), in_band=True)
+        assert ledger(emit)[2:] == [(9001, 9009, "sequence", False)], "no connection ended meanwhile"
+
+
+@pytest.mark.parametrize(("reached", "told"), [(98, [(98, 98)]), (99, []), (104, []), (105, [(105, 105)])])
+def test_a_snapshot_within_what_is_told_tells_nothing_more(reached: int, told: list[tuple[int, int]]) -> None:
+    """One before all that is the beginning of new ids."""
+    with emitter() as emit:
+        rig = Rig(emit, False)
+        rig.snapshot(99, ({1.0: 1.0}, {}), in_band=True)
+        rig.delta(Message(105, 105, 104, ((2.0, 1.0),), ()))
+        rig.book.disconnected("reconnect")
+        rig.snapshot(reached, ({3.0: 1.0}, {}), in_band=True)
+        assert [row[:2] for row in ledger(emit)[1:] if row[2] == "reconnect"] == told
+
+
+def test_messages_that_were_published_unproven_are_not_told_as_missed() -> None:
+    with emitter() as emit, mock.patch.object(continuity, "HELD_MESSAGES_MAX", 1):
+        rig = Rig(emit, False)
+        rig.snapshot(99, ({1.0: 1.0}, {}))
+        rig.delta(Message(105, 105, 104, ((2.0, 1.0),), ()))
+        rig.delta(Message(106, 106, 105, ((2.0, 2.0),), ()))
+        rig.book.disconnected("reconnect")
+        rig.snapshot(200, ({3.0: 1.0}, {}))
+        assert ledger(emit) == [(100, 104, "sequence", False), (106, 200, "reconnect", False)]
+
+
+def test_a_book_that_late_messages_healed_missed_nothing() -> None:
+    with emitter() as emit:
+        rig = Rig(emit, False)
+        rig.snapshot(99, ({1.0: 1.0}, {}))
+        rig.delta(Message(101, 101, 100, ((2.0, 1.0),), ()))
+        rig.book.disconnected("reconnect")
+        rig.delta(Message(100, 100, 99, ((2.0, 1.0),), ()))
+        assert rig.book.state == LIVE
+        rig.delta(Message(105, 105, 104, ((2.0, 1.0),), ()))
+        rig.snapshot(200, ({3.0: 1.0}, {}))
+        assert ledger(emit)[2:] == [(102, 104, "sequence", False)]
+
+
 def crossing(rig: Rig, i: int, bid: float, qty: float = 1.0) -> None:
     rig.delta(Message(i, i, i - 1, ((bid, qty),), ()))
 
