@@ -361,7 +361,7 @@ class Connector:
         self._state = f"replacing ({cause})"
         self.emit.counters["rollovers"] += 1
         overlap = OverlapFilter(self.venue, self.emit)
-        self.venue.overlapping = True
+        self.venue.overlap_begins()
         old.decode = overlap.decode_of(+1)
         new: Leg | None = None
         try:
@@ -380,6 +380,7 @@ class Connector:
         finally:
             self.venue.overlapping = False
         old.close()
+        self.venue.older_left()
         # What the old one brought may still be on its way on the new one, so the filter stays for a while.
         tail_until = time.monotonic() + OVERLAP_TAIL_MOST_S
         while not overlap.quiet and time.monotonic() < tail_until and not new.closed.is_set():

@@ -19,7 +19,16 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 import numpy as np
 
-from mdcollector.continuity import HOLES_MAX, REPAIR_IDS_MAX, TRADE_IDS_KEPT, BookSync, FollowRule, TradeIds, TradeSync
+from mdcollector.continuity import (
+    HOLES_MAX,
+    LIVE,
+    REPAIR_IDS_MAX,
+    TRADE_IDS_KEPT,
+    BookSync,
+    FollowRule,
+    TradeIds,
+    TradeSync,
+)
 from mdcollector.emit import Columns, Emit
 from mdcollector.errors import ConfigError, FrameError
 from mdcollector.records import GAPS, INSTRUMENTS, UNKNOWN, Exchange
@@ -206,6 +215,7 @@ class Venue(ABC):
         self.trade_syncs: dict[str, TradeSync] = {}
         self.trade_ids: dict[str, TradeIds] = {}  # of a venue whose trades have no counter
         self.overlapping = False  # two connections deliver at the moment
+        self._passed_over: dict[str, int] = {}  # ticker -> id of the snapshot with which the newer of them began
         self.notes: dict[str, str] = {}  # what status must show: fallbacks, refused streams
         self._trades_left: dict[str, tuple[int, list[tuple[int, int]]]] = {}
         self._trade_ids_left: dict[str, tuple[list[bytes], int]] = {}
@@ -481,6 +491,22 @@ class Venue(ABC):
         """The old connection ended before the one that replaces it delivered: what has no ids may have been missed."""
         for trade_ids in self.trade_ids.values():
             trade_ids.doubt("reconnect")
+
+    def overlap_begins(self) -> None:
+        """A second connection is opened beside the one that delivers."""
+        self.overlapping = True
+        self._passed_over.clear()
+
+    def pass_over(self, book: BookSync, snapshot_id: int) -> None:
+        """Not take the snapshot of the newer connection, as the older one still continues the book."""
+        self._passed_over[book.instrument.ticker] = snapshot_id
+
+    def older_left(self) -> None:
+        """The older of two connections is left: what it did not bring up to the newer one's snapshot, nobody does."""
+        for ticker, snapshot_id in self._passed_over.items():
+            book = self.books.get(ticker)
+            if book is not None and book.state is LIVE and book.last_id < snapshot_id:
+                book.lost(snapshot_id, "reconnect")
 
     # Whether an acknowledged stream delivers
 

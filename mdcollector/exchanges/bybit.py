@@ -620,9 +620,9 @@ class Bybit(Venue):
                 book.delta(u, u, -1, timestamp, data.b, data.a)
             elif event.type not in ("delta", "snapshot"):
                 raise FrameError("unknown_book_type", event.type)
-            elif u == 1 or not (
-                self.overlapping and book.state is LIVE
-            ):  # else the older connection continues the book
+            elif u != 1 and self.overlapping and book.state is LIVE:
+                self.pass_over(book, u)
+            else:
                 book.snapshot(u, timestamp, data.b, data.a, in_band=True)
                 self._resubscribe.pop(topic, None)
 

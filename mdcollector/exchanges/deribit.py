@@ -579,7 +579,9 @@ class Deribit(Venue):
                 book.delta(event.change_id, event.change_id, previous, timestamp, bids, asks)
             elif event.type != "snapshot":
                 raise FrameError("unknown_book_type", event.type)
-            elif not (self.overlapping and book.state is LIVE):  # else the older connection still continues the book
+            elif self.overlapping and book.state is LIVE:
+                self.pass_over(book, event.change_id)
+            else:
                 book.snapshot(event.change_id, timestamp, bids, asks, in_band=True)
                 self._resubscribe.pop(ticker, None)
 
