@@ -10,7 +10,7 @@ import pytest
 from recorded import DATA, entries, needs_data
 from test_decode_hostile import DEEP, MS, SHAPES, UNUSABLE, Probe, mutated
 
-from mdcollector import continuity
+from mdcollector import continuity, exchanges
 from mdcollector.exchanges import Fetch, Send
 
 FOLDER = DATA / "bybit"
@@ -213,4 +213,23 @@ def test_a_message_with_a_bad_row_makes_none(probe: Make) -> None:
     assert not one.feed({"topic": "kline.1.AB", "type": "snapshot", "ts": MS, "data": [bar, {**bar, "high": "inf"}]})
     assert not len(one.rows("liquidations"))
     assert not len(one.rows("candles"))
+    one.sane()
+
+
+def test_trade_ids_of_what_was_left_are_remembered_for_the_newest_ones_only(
+    probe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options expire every day, and a connector runs for months."""
+    monkeypatch.setattr(exchanges, "TRADE_IDS_LEFT_MAX", 2)
+    one = probe("bybit_option", "A-1-1-C", "B-1-1-C", "C-1-1-C")
+    for name in ("A", "B", "C"):
+        streams = [stream for stream in one.venue.streams if stream.ticker == f"{name}-1-1-C"]
+        message = {**trade("t", ticker=f"{name}-1-1-C"), "topic": f"publicTrade.{name}"}
+        assert one.feed(message)
+        one.venue.remove([f"{name}-1-1-C"], connected=False)
+        one.venue.add(streams, connected=False)  # listed anew: nothing is doubled
+        assert one.feed(message)
+        assert ids(one, f"{name}-1-1-C") == ["t"]
+        one.venue.remove([f"{name}-1-1-C"], connected=False)
+    assert list(one.venue._trade_ids_left) == ["B-1-1-C", "C-1-1-C"]
     one.sane()

@@ -524,6 +524,30 @@ def test_the_recorded_ticker_of_an_option_that_nobody_quotes(venue: Any) -> None
     assert row["open_interest"] == 0
 
 
+def test_an_open_candle_is_forgotten_with_its_instrument(tmp_path: Path) -> None:
+    """Listed anew, the first candle does not close the one from before: that one may have changed meanwhile."""
+    emit = Emit(tmp_path / "rings", "t", Deribit.EXCHANGE, Deribit.FEEDS, semaphore=False, capacities=SMALL)
+    streams = [s for ticker in "AB" for s in Deribit.streams_of(ticker, ("candles",), Options(intervals=("1m",)))]
+    venue = Deribit(emit, Options(), streams)
+
+    def candle(ticker: str, minute: int) -> None:
+        emit.packet(SAMPLE_TIME_NS, emit.clock())
+        data = {"tick": 1_700_000_040_000 + minute * 60_000, "open": 1, "high": 1, "low": 1, "close": 1, "volume": 1}
+        params = {"channel": f"chart.trades.{ticker}.1", "data": data}
+        venue.decode(json.dumps({"jsonrpc": "2.0", "method": "subscription", "params": params}).encode())
+
+    for ticker in "AB":
+        candle(ticker, 0)
+    venue.remove(["A"], connected=False)
+    venue.add(streams[:1], connected=False)
+    for ticker in "AB":
+        candle(ticker, 1)
+    rows = emit.rings["candles"].recent_rows(0)
+    a, b = (emit.instrument(ticker).codes["candles"] for ticker in "AB")
+    assert rows[["ticker", "closed"]].tolist() == [(a, 0), (b, 0), (a, 0), (b, 1), (b, 0)]
+    emit.close()
+
+
 def test_a_trade_of_a_new_direction_is_told_and_kept(venue: Any) -> None:
     venue.emit.packet(SAMPLE_TIME_NS, venue.emit.clock())
     for seq, direction in enumerate(("buy", "both", "sell"), start=1):

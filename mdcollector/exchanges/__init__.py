@@ -42,6 +42,7 @@ ROUTE_LEAD = 10  # bytes in front of a stream's name that are part of its route:
 ROUTES_MAX = 4096  # streams whose decoder is remembered by name; the frames of more are looked at twice
 REASON_CHARS_MAX = 200  # kept of a reason that a venue gives
 NOTES_MAX = 500  # kept for status
+TRADE_IDS_LEFT_MAX = 100  # instruments that were left and whose trade ids are remembered; options expire each day
 PAGES_MAX = 100  # of the list of instruments; the longest known has 10
 NAMES_SHOWN_MAX = 20  # in the text of an error
 FIELDS_MAX, ITEMS_LOOKED_AT = 1000, 3  # of the first frame of a stream, when it is searched for new fields
@@ -380,6 +381,8 @@ class Venue(ABC):
                 self._trades_left[ticker] = sync.last, []
             if (trade_ids := self.trade_ids.pop(ticker, None)) is not None:
                 self._trade_ids_left[ticker] = trade_ids.known, trade_ids.last_time
+                if len(self._trade_ids_left) > TRADE_IDS_LEFT_MAX:
+                    del self._trade_ids_left[next(iter(self._trade_ids_left))]
         self._streams_changed(names, tickers)
         if connected and names:
             self.unsubscribe(names)

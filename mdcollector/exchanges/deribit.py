@@ -8,7 +8,7 @@ an authenticated connection; without credentials the 100 ms channels are taken a
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -313,6 +313,9 @@ class Deribit(Venue):
         self._candles: dict[tuple[str, str], Chart] = {}
         if not options.credentials:
             self.notes["credentials"] = "none given: 100 ms channels instead of raw"
+
+    def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        self._candles = {key: candle for key, candle in self._candles.items() if key[0] not in gone}
 
     # Planning
 
