@@ -459,7 +459,9 @@ class Alone:
 
     def hear(self, kind: str, **words: Any) -> None:
         moment = datetime.fromtimestamp(words.pop("at", self.now_s), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        frame = json.dumps({"type": kind, "time": moment, **words}, separators=(",", ":")).encode()
+        self.raw(json.dumps({"type": kind, "time": moment, **words}, separators=(",", ":")).encode())
+
+    def raw(self, frame: bytes) -> None:
         try:
             self.venue.decode(frame)
         except (FrameError, msgspec.DecodeError) as error:
@@ -625,6 +627,34 @@ def test_half_of_a_refused_update_is_not_applied(alone: Callable[..., Alone]) ->
             one.update(("buy", "11", "5"), ("sell", "19", bad))
         assert one.book.book() == ({10.0: 1.0}, {20.0: 1.0})
     assert [cause for cause, _, _ in one.gaps()] == ["refused"], "given up once"
+
+
+@pytest.mark.parametrize(("frame", "broken"), [
+    (b'{"type":"l2update","product_id":"BTC-U', TICKERS),
+    (b'{"type":"snapshot","prod', TICKERS),
+    (b'{"type":"l2up', TICKERS),
+    (b'{"type":"', TICKERS),
+    (b'{"type":"l2update","product_id":"BTC-USD","chan', TICKERS[:1]),
+    (b'{"type":"l2update","product_id":"NO-USD","chan', ()),  # of an instrument that was left
+    (b'{"type":"match","trade_id":10,"prod', ()),
+    (b'{"type":"hear', ()),
+    (b'{"bids":[["10","1",2],["9', ()),  # the answer to an audit
+])  # fmt: skip
+def test_a_frame_that_was_cut_off_costs_every_book_that_it_may_be_of(
+    frame: bytes, broken: tuple[str, ...], alone: Callable[..., Alone]
+) -> None:
+    one = alone()
+    for ticker in TICKERS:
+        one.hear("snapshot", product_id=ticker, bids=[["10", "1"]], asks=[["20", "1"]])
+    with pytest.raises((FrameError, msgspec.DecodeError)):
+        one.raw(frame)
+    assert {t: book.state for t, book in one.venue.books.items()} == {
+        t: "broken" if t in broken else "live" for t in TICKERS
+    }
+    assert [cause for cause, _, _ in one.gaps()] == ["refused"] * len(broken)
+    one.pass_s(1)
+    asked = [(m["type"], c["product_ids"]) for m in one.sent() for c in m["channels"] if c["name"] == "level2_batch"]
+    assert asked == [(kind, list(broken)) for kind in ("unsubscribe", "subscribe") if broken]
 
 
 def test_levels_without_a_time_of_the_venue_are_applied_in_their_order(alone: Callable[..., Alone]) -> None:

@@ -180,6 +180,8 @@ _BOOK, _RAW_BOOK, _BEAT = "level2_batch", "level2", "heartbeat"
 _CHANNELS = {channel: (channel, _BEAT) for channel in ("matches", _BOOK, _RAW_BOOK)}
 _SAME_CHANNEL = {"level2_50": _BOOK}  # what a reply calls the batches of 50 ms (recorded 2026-09-30)
 _OF_ONE_CONNECTION = (b'{"type":"subscriptions"', b'{"type":"error"', b'{"type":"snapshot"')
+_OF_BOOKS = (b"l2update", b"snapshot")
+_TYPE = re.compile(rb'"type"\s*:\s*"([^"]*)')  # its begin, where the frame is cut off in it
 _PRODUCT = re.compile(rb'"product_id"\s*:\s*"([^"]{1,60})"')
 
 
@@ -571,13 +573,17 @@ class CoinbaseExchange(Venue):
             depth.sync.delta(timestamp, timestamp, -1, timestamp, changes[0], changes[1])
 
     def _lost(self, frame: bytes) -> None:
-        """A frame was refused: if it was of a book, what it changed is not known, and no number will tell."""
-        if b'"l2update"' not in frame and b'"snapshot"' not in frame:
+        """A frame was refused: if it may be of a book, what it changed is not known, and no number will tell.
+
+        One that is cut off before the end of its product's name may be of any book.
+        """
+        kind, product = _TYPE.search(frame), _PRODUCT.search(frame)
+        if kind is None or not any(name.startswith(kind[1]) for name in _OF_BOOKS):
             return
-        found = _PRODUCT.search(frame)
-        depth = self._depths.get(found[1].decode(errors="replace")) if found else None
-        if depth is not None:
-            depth.sync.distrust("refused", (depth.sync.last_id, depth.sync.last_time))
+        named = product[1].decode(errors="replace") if product else ""
+        for ticker, depth in self._depths.items():
+            if named in ("", ticker):
+                depth.sync.distrust("refused", (depth.sync.last_id, depth.sync.last_time))
 
     def want_snapshot(self, book: BookSync) -> None:
         """One comes only after leaving and taking the channel again."""
