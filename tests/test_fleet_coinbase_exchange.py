@@ -817,6 +817,22 @@ def test_an_audit_does_not_blame_a_stream_that_is_late(audited: Alone) -> None:
     for _ in range(40):
         audited.hear("heartbeat", product_id=TICKERS[0], last_trade_id=1, sequence=1, at=1_796_083_203.0)
         audited.pass_s(1.6)
+@pytest.mark.parametrize(("answered", "found"), [("1", "2"), ("2", "1")])
+def test_a_new_connection_that_brings_a_book_forward_ends_its_audit(answered: str, found: str, audited: Alone) -> None:
+    """What the older connection still brings of the time between is not looked at: also a change that was taken back."""
+    audit_of(audited, {**RIGHT[0], "10": answered}, RIGHT[1])
+    audited.venue.overlapping = True
+    audited.now_s += 0.5
+    audited.snapshot({**RIGHT[0], "10": found}, RIGHT[1])
+    audited.update(("buy", "10", "2"), at=audited.now_s - 0.6)
+    audited.pass_s(0.1)
+    audited.venue.overlapping = False
+    assert audited.gaps() == []
+    audit_of(audited, {**RIGHT[0], "10": found}, RIGHT[1])
+    beat(audited)
+    assert (audited.counters["book_audited"], audited.counters["book_audit_failed"]) == (1, 0)
+
+
     assert audited.counters["book_audit_given_up"] == 1
     assert audited.gaps() == []
 

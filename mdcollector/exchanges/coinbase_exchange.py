@@ -211,7 +211,7 @@ class _Depth:
         self.beat = 0  # time of the last heartbeat on this connection
         self.awaiting = False  # a new connection begins with a snapshot; what came before it belongs nowhere
         self.horizon = (0.0, PRICE_MAX)  # worst prices of the snapshot: beyond them levels may exist that nobody told
-        self.loads = 0  # snapshots taken
+        self.loads = 0  # snapshots taken, or caught up with
         self.touched: set[tuple[bool, float]] | None = None  # (is a bid, price) of what changes while an audit runs
 
 
@@ -563,6 +563,7 @@ class CoinbaseExchange(Venue):
         """A new connection begins beside the old one: where it is ahead, go to its state by the levels that differ."""
         if timestamp <= depth.newest:
             return
+        depth.loads += 1  # an audit ends: changes of until now that the old connection still brings are not noted
         worst_bid, worst_ask = _worst(snapshot.bids, snapshot.asks)
         changes: list[list[tuple[float, float]]] = []
         for mine, theirs in zip(depth.sync.book(), (dict(snapshot.bids), dict(snapshot.asks)), strict=True):
