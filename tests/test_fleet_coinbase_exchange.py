@@ -701,6 +701,24 @@ def test_a_new_connection_that_is_behind_changes_nothing(alone: Callable[..., Al
     assert one.gaps() == []
 
 
+# Instruments that are left
+
+
+def test_a_ticker_of_an_instrument_that_was_left_is_refused(alone: Callable[..., Alone]) -> None:
+    one = alone()
+    words = {"product_id": TICKERS[0], "price": "10", "best_bid": "9", "best_bid_size": "1", "best_ask": "11",
+             "best_ask_size": "1"}  # fmt: skip
+    one.hear("ticker", sequence=1, **words)
+    one.venue.remove([TICKERS[0]], connected=True)
+    one.pass_s(1)
+    with pytest.raises(FrameError, match=TICKERS[0]):
+        one.hear("ticker", sequence=2, **words)
+    assert [len(one.emit.rings[feed].recent_rows(0)) for feed in ("tickers", "bbo")] == [1, 1]
+    one.venue.add(CoinbaseExchange.streams_of(TICKERS[0], FEEDS, Options()), connected=True)
+    one.hear("ticker", sequence=3, **words)
+    assert [len(one.emit.rings[feed].recent_rows(0)) for feed in ("tickers", "bbo")] == [2, 2]
+
+
 # Audits
 
 
@@ -799,6 +817,22 @@ def test_a_book_that_begins_anew_ends_its_audit(audited: Alone) -> None:
     assert audited.counters["book_audited"] == 1
 
 
+@pytest.mark.parametrize(("answered", "found"), [("1", "2"), ("2", "1")])
+def test_a_new_connection_that_brings_a_book_forward_ends_its_audit(answered: str, found: str, audited: Alone) -> None:
+    """What the older connection still brings of the time between is not looked at: also a change that was taken back."""
+    audit_of(audited, {**RIGHT[0], "10": answered}, RIGHT[1])
+    audited.venue.overlapping = True
+    audited.now_s += 0.5
+    audited.snapshot({**RIGHT[0], "10": found}, RIGHT[1])
+    audited.update(("buy", "10", "2"), at=audited.now_s - 0.6)
+    audited.pass_s(0.1)
+    audited.venue.overlapping = False
+    assert audited.gaps() == []
+    audit_of(audited, {**RIGHT[0], "10": found}, RIGHT[1])
+    beat(audited)
+    assert (audited.counters["book_audited"], audited.counters["book_audit_failed"]) == (1, 0)
+
+
 def test_a_refused_audit_is_counted_and_the_next_one_comes(audited: Alone) -> None:
     audited.pass_s(3)
     audited.pass_s(1.5)
@@ -817,22 +851,6 @@ def test_an_audit_does_not_blame_a_stream_that_is_late(audited: Alone) -> None:
     for _ in range(40):
         audited.hear("heartbeat", product_id=TICKERS[0], last_trade_id=1, sequence=1, at=1_796_083_203.0)
         audited.pass_s(1.6)
-@pytest.mark.parametrize(("answered", "found"), [("1", "2"), ("2", "1")])
-def test_a_new_connection_that_brings_a_book_forward_ends_its_audit(answered: str, found: str, audited: Alone) -> None:
-    """What the older connection still brings of the time between is not looked at: also a change that was taken back."""
-    audit_of(audited, {**RIGHT[0], "10": answered}, RIGHT[1])
-    audited.venue.overlapping = True
-    audited.now_s += 0.5
-    audited.snapshot({**RIGHT[0], "10": found}, RIGHT[1])
-    audited.update(("buy", "10", "2"), at=audited.now_s - 0.6)
-    audited.pass_s(0.1)
-    audited.venue.overlapping = False
-    assert audited.gaps() == []
-    audit_of(audited, {**RIGHT[0], "10": found}, RIGHT[1])
-    beat(audited)
-    assert (audited.counters["book_audited"], audited.counters["book_audit_failed"]) == (1, 0)
-
-
     assert audited.counters["book_audit_given_up"] == 1
     assert audited.gaps() == []
 

@@ -260,6 +260,7 @@ class CoinbaseExchange(Venue):
         self._requests: deque[tuple[str, list[str]]] = deque()  # unanswered, in the order in which answers come
         self._depths: dict[str, _Depth] = {}
         self._told: dict[str, int] = {}  # ticker -> last trade named by the last heartbeat
+        self._priced: dict[str, tuple[Instrument, list[int]]] = {}  # ticker -> newest sequence and time of its tickers
         self._resubscribe: dict[str, int] = {}  # ticker -> when it was asked for (0 = not yet)
         self._resubscribed_ns = 0
         self._overlapped_us = -OVERLAP_TAIL_US
@@ -279,9 +280,11 @@ class CoinbaseExchange(Venue):
             self._without_credentials("the secret is not base64")
 
     def _streams_changed(self, left: Collection[str], gone: Collection[str]) -> None:
+        if self._audit is not None and self._audit.depth.sync.instrument.ticker in gone:
+            self._end_audit(0)
         for ticker in gone:
-            self._depths.pop(ticker, None)
-            self._told.pop(ticker, None)
+            for of_ticker in (self._depths, self._told, self._priced, self._resubscribe):
+                of_ticker.pop(ticker, None)
         self._to_audit = deque(ticker for ticker in self._to_audit if ticker not in gone)
 
     # Planning
@@ -330,15 +333,6 @@ class CoinbaseExchange(Venue):
     def closing(self) -> list[str]:
         names = [stream.name for stream in self.streams]
         return [self._text("unsubscribe", part) for part in _parts(names)]
-
-    def remove(self, tickers: Collection[str], *, connected: bool) -> None:
-        super().remove(tickers, connected=connected)
-        if self._audit is not None and self._audit.depth.sync.instrument.ticker in tickers:
-            self._end_audit(0)
-        for ticker in tickers:
-            for of_ticker in (self._depths, self._told, self._resubscribe):
-                of_ticker.pop(ticker, None)
-        self._to_audit = deque(ticker for ticker in self._to_audit if ticker not in tickers)
 
     def subscribe(self, names: Sequence[str]) -> None:
         self._request("subscribe", names)
@@ -563,13 +557,13 @@ class CoinbaseExchange(Venue):
         """A new connection begins beside the old one: where it is ahead, go to its state by the levels that differ."""
         if timestamp <= depth.newest:
             return
-        depth.loads += 1  # an audit ends: changes of until now that the old connection still brings are not noted
         worst_bid, worst_ask = _worst(snapshot.bids, snapshot.asks)
         changes: list[list[tuple[float, float]]] = []
         for mine, theirs in zip(depth.sync.book(), (dict(snapshot.bids), dict(snapshot.asks)), strict=True):
             gone = [(price, 0.0) for price in mine if worst_bid <= price <= worst_ask and price not in theirs]
             changes.append([*gone, *((price, size) for price, size in theirs.items() if mine.get(price, 0.0) != size)])
         depth.newest = depth.clock = timestamp
+        depth.loads += 1  # an audit ends: changes of until now that the old connection still brings are not noted
         if any(changes):
             depth.sync.delta(timestamp, timestamp, -1, timestamp, changes[0], changes[1])
 
@@ -672,8 +666,7 @@ class CoinbaseExchange(Venue):
     # Tickers
 
     def _on_ticker(self) -> Decode:
-        known: dict[str, tuple[Instrument, list[int]]] = {}  # ticker -> instrument, newest sequence and time
-        emit = self.emit
+        known, emit = self._priced, self.emit
 
         def on_ticker(frame: bytes) -> None:
             t = _decode_ticker(frame)
