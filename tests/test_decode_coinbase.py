@@ -333,6 +333,19 @@ def test_best_prices_follow_the_book(line: Line) -> None:
     ]  # fmt: skip
 
 
+def test_best_prices_that_a_book_crossed_for_too_long_did_not_tell_are_a_hole(line: Line) -> None:
+    line.live()
+    line.book("update", START + 1, ("bid", "12", "1"))
+    line.now_ns += 6 * 10**9
+    heard = line.emit.rcv_us
+    line.book("update", START + 2, ("bid", "13", "1"))
+    assert line.states() == {"AA-USD": "broken", "BB-USD": "live"}
+    line.book("update", START + 3, ("bid", "14", "1"))
+    line.book("snapshot", START + 4, ("bid", "10", "1"), ("offer", "11", "2"))
+    assert line.gaps() == [("orderbook_l2", "AA-USD", "crossed"), ("bbo", "AA-USD", "resync")]
+    assert line.rows("gaps")["from_time"][-1] <= heard, "behind the last message that was told"
+
+
 # Trades
 
 

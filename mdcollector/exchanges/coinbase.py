@@ -26,7 +26,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
-from mdcollector.continuity import LEVELS_MAX, LIVE, NEXT, OLD, BookSync, TradeRow
+from mdcollector.continuity import BROKEN, LEVELS_MAX, LIVE, NEXT, OLD, BookSync, TradeRow
 from mdcollector.emit import PRICE_MAX, QTY_MAX, TIME_MAX_US, TRADES_MAX, Emit
 from mdcollector.errors import ConfigError, FrameError
 from mdcollector.exchanges import (
@@ -450,7 +450,7 @@ class Coinbase(Venue):
         """From here until the next greeting these streams miss what is sent."""
         for channel, _, ticker in (name.partition(":") for name in names):
             if channel == "level2" and (book := self.books.get(ticker)) is not None:
-                self._lose_book(book, "resync")
+                book.lost(self.emit.rcv_us, "resync")
             elif channel == "market_trades" and (sync := self.trade_syncs.get(ticker)) is not None:
                 sync.disconnected("resync")
             elif channel == "candles" and ticker in self._candles:
@@ -522,7 +522,7 @@ class Coinbase(Venue):
         emit.counters[f"lost_{cause}"] += 1
         self._heartbeat = -1
         for book in self.books.values():
-            self._lose_book(book, cause)
+            book.lost(emit.rcv_us, cause)
         for sync in self.trade_syncs.values():
             sync.disconnected(cause)
         for feed in ("bbo", "tickers", "candles"):  # these have no ids; a greeting says once more where the hole ends
@@ -533,11 +533,6 @@ class Coinbase(Venue):
         self._doubt_candles()
         self._again.update({stream.name: 0 for stream in self.streams if stream.feed != "tickers"})
 
-    def _lose_book(self, book: BookSync, cause: str) -> None:
-        if book.state is LIVE:
-            self._holes.setdefault(("bbo", book.instrument.ticker), self._heard_us)
-        book.lost(self.emit.rcv_us, cause)
-
     def _lose_book_of(self, head: bytes) -> None:
         """A message is lost whose begin is known: if it was of a book, that one is doubtful."""
         if not _LEVEL2.search(head, 0, HEAD_BYTES):
@@ -546,7 +541,7 @@ class Coinbase(Venue):
         product = named[1].decode(errors="replace") if named else ""
         for ticker, book in self.books.items():
             if product in ("", ticker):
-                self._lose_book(book, "refused")
+                book.lost(self.emit.rcv_us, "refused")
         if f"level2:{product}" in self.proof:
             self._again.setdefault(f"level2:{product}", 0)  # its first snapshot may be the one that was refused
 
@@ -659,7 +654,7 @@ class Coinbase(Venue):
                 told = told if told_id == update_id else ()
             else:
                 if greeted_on != self._connection and book.state is LIVE:
-                    self._lose_book(book, "reconnect")  # it is of another connection
+                    book.lost(emit.rcv_us, "reconnect")  # it is of another connection
                 book.delta(update_id, update_id, book.last_id, timestamp, bids, asks)
             if wants_bbo and book.state is LIVE:
                 best = book.best()
@@ -671,7 +666,10 @@ class Coinbase(Venue):
         return take
 
     def want_snapshot(self, book: BookSync) -> None:
-        self._again.setdefault(f"level2:{book.instrument.ticker}", 0)
+        ticker = book.instrument.ticker
+        if book.state is BROKEN:  # until it stands in a snapshot again it tells no best prices
+            self._holes.setdefault(("bbo", ticker), self._heard_us)
+        self._again.setdefault(f"level2:{ticker}", 0)
 
     def _trades_taker(self) -> Callable[[Any], None]:
         emit_trade, sync_of, side_of = self.emit.trade, self.trade_syncs.get, _TAKER.get
