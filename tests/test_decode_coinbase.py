@@ -466,6 +466,24 @@ def test_a_candle_is_closed_by_the_next_one_unless_a_version_may_have_been_misse
     assert set(line.rows("candles")["interval"].tolist()) == {b"5m"}
 
 
+def test_a_candle_is_not_closed_as_it_was_before_a_version_that_could_not_be_read(line: Line) -> None:
+    line.answered()
+    first = START // SECOND // 300 * 300
+    for ticker in TICKERS:
+        assert line.take("candles", {"type": "snapshot", "candles": [candle(first, "7", ticker)]}) == ""
+    assert line.take("candles", {"type": "update", "candles": [candle(first, "high")]})
+    for ticker in TICKERS:  # nobody knows of which products the message was: it may have had several
+        assert line.take("candles", {"type": "update", "candles": [candle(first + 300, "8", ticker)]}) == ""
+    assert not line.rows("candles")["closed"].any()
+    line.venue.tick(line.now_ns)
+    kinds = [(m["type"], m["channel"], m["product_ids"]) for m in line.answered()]
+    assert kinds == [(kind, "candles", list(TICKERS)) for kind in ("unsubscribe", "subscribe")]
+    for ticker in TICKERS:
+        again = [candle(first, "7.5", ticker), candle(first + 300, "8", ticker)]
+        assert line.take("candles", {"type": "snapshot", "candles": again}) == ""
+    assert line.gaps() == [("candles", ticker, "resync") for ticker in TICKERS]
+
+
 # Times
 
 

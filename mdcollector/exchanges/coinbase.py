@@ -58,7 +58,7 @@ HEAD_BYTES = 200  # of a frame: channel, time and number stand in front of the e
 PRODUCT_BYTES = 400  # of a frame: its first event names its product here
 _SEQUENCE = re.compile(rb'"sequence_num"\s*:\s*(\d{1,18})\s*[,}]')
 _NOTHING = msgspec.Raw(b"")
-_LEVEL2 = re.compile(rb'"channel"\s*:\s*"l2_data"')
+_CHANNEL = re.compile(rb'"channel"\s*:\s*"(\w+)"')
 _PRODUCT = re.compile(rb'"product_id"\s*:\s*"([^"\\]{1,60})"')
 _REST = "/api/v3/brokerage/market/products"
 _INTERVAL = "5m"  # the only one of the channel
@@ -494,7 +494,7 @@ class Coinbase(Venue):
         """Whether to read a message, which may have another number than the next; a jump makes everything doubtful.
 
         A refused message may be the first fragment of one, or none of the venue's: then its number comes once more.
-        Otherwise it is lost; which book that costs is known.
+        Otherwise it is lost; which book or candles that costs is known.
         """
         if number < 0:
             return True
@@ -504,7 +504,7 @@ class Coinbase(Venue):
             self._refused = (-1, b"")
             if number == refused:
                 return True
-            self._lose_book_of(head)
+            self._lose_part(head)
             expected = refused + 1
         if number == expected - 1:
             self.emit.counters["sequence_duplicate"] += 1
@@ -528,15 +528,24 @@ class Coinbase(Venue):
         for feed in ("bbo", "tickers", "candles"):  # these have no ids; a greeting says once more where the hole ends
             if feed in emit.rings:
                 emit.gap(feed, "*", from_time=self._heard_us, cause=cause)
+        self._lose_candles()
+        self._again.update({stream.name: 0 for stream in self.streams if stream.feed != "tickers"})
+
+    def _lose_candles(self) -> None:
         for ticker in self._candles:
             self._holes.setdefault(("candles", ticker), self._heard_us)
         self._doubt_candles()
-        self._again.update({stream.name: 0 for stream in self.streams if stream.feed != "tickers"})
+
+    def _lose_part(self, head: bytes) -> None:
+        """A message is lost whose begin is known: if it was of a book, that one is doubtful, if of candles, all of them."""
+        channel = _CHANNEL.search(head, 0, HEAD_BYTES)
+        if channel is not None and channel[1] == b"l2_data":
+            self._lose_book_of(head)
+        elif channel is not None and channel[1] == b"candles":
+            self._lose_candles()
+            self._again.update({stream.name: 0 for stream in self.streams if stream.feed == "candles"})
 
     def _lose_book_of(self, head: bytes) -> None:
-        """A message is lost whose begin is known: if it was of a book, that one is doubtful."""
-        if not _LEVEL2.search(head, 0, HEAD_BYTES):
-            return
         named = _PRODUCT.search(head)
         product = named[1].decode(errors="replace") if named else ""
         for ticker, book in self.books.items():
