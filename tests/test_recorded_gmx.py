@@ -432,11 +432,38 @@ def test_without_a_rule_nothing_is_collected(polled: Any, exponent: int, close: 
     assert one.rows("tickers") == []
 
 
-def test_tokens_that_contradict_each_other_fit_no_rule(polled: Any) -> None:
-    one = ready(polled("BTC", "ETH"))
-    one.candles([[NOW_NS // 10**9 // 60 * 60, 1739.0, 1739.0, 1739.0, 1739.0]], "1m", "ETH")
-    with pytest.raises(ConfigError, match="ETH"):
-        one.answer("/prices/tickers", [price(exponent=22), price("ETH", "1739.5", 30)])
+def test_the_decimal_rule_is_that_of_most_tokens(polled: Any) -> None:
+    """Those that fit none, or another one, end nothing; where as many fit two rules it is the likelier one."""
+    minute = NOW_NS // 10**9 // 60 * 60
+    for number, (bitcoin, doge, rule) in enumerate(
+        [
+            (price(usd="0"), price("DOGE", "1739.5", 12), 0),
+            (price(usd="65300"), price("DOGE", "1739.5", 12), 0),
+            (price(exponent=22), price("DOGE", "1739.5", 30), 0),
+            (price(exponent=30), price("DOGE", "1739.5", 30), 1),
+        ]
+    ):
+        one = ready(polled("BTC", "ETH", "DOGE", folder=str(number)))
+        one.answer("/tokens", {"tokens": [*TOKENS, {"symbol": "DOGE", "address": "0xD", "decimals": 18}]})
+        for ticker in ("ETH", "DOGE"):
+            one.candles([[minute, 1739.0, 1739.0, 1739.0, 1739.0]], "1m", ticker)
+        one.answer("/prices/tickers", [bitcoin, price("ETH", "1739.5", 12), doge])
+        assert one.venue._rule == rule
+
+
+def test_two_tokens_that_fit_no_rule_are_both_named(polled: Any) -> None:
+    one = ready(polled("BTC", "ETH"), 58_000.0)
+    one.candles([[NOW_NS // 10**9 // 60 * 60, 1500.0, 1500.0, 1500.0, 1500.0]], "1m", "ETH")
+    with pytest.raises(ConfigError, match=r"price of BTC is .* price of ETH is .* no decimal rule fits within 5%"):
+        one.answer("/prices/tickers", [price(), price("ETH", "1739.5", 12)])
+
+
+def test_prices_of_zero_tell_no_rule(polled: Any) -> None:
+    one = ready(polled())
+    one.answer("/prices/tickers", [price(usd="0")])
+    assert one.rows("tickers") == []
+    one.answer("/prices/tickers", [price()])
+    assert [row["bid_price"] for row in one.rows("tickers")] == [61536.387]
 
 
 def test_prices_wait_for_decimals_and_a_candle(polled: Any) -> None:

@@ -13,6 +13,7 @@ that a candle is closed, the row above it does. Answers say how old they are, so
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -466,27 +467,30 @@ class Gmx(Venue):
         return None if decimals is None else _exponents(decimals, price.oracle_decimals)[self._rule]
 
     def _told_rule(self, prices: Sequence[Price]) -> int:
-        """The rule by which prices equal the candles of the same tokens, or -1: documentation and clients name three.
+        """The rule by which most prices equal the candles of the same tokens, or -1: documentation and clients name three.
 
-        ConfigError when there is none: rows that are wrong by powers of ten would be worse than none.
+        ConfigError when no token fits any: rows that are wrong by powers of ten would be worse than none.
         """
-        fits, compared = set(range(len(_RULES))), False
+        fits, misfits = Counter[int](), list[str]()
         for price in prices:
             close, decimals = self._closes.get(price.token_symbol), self._decimals.get(price.token_address)
-            if close is None or decimals is None or self._is_late(_moment_us(price) / 1_000_000):
-                continue
             digits = price.median_price or price.min_price
+            if close is None or decimals is None or not int(digits) or self._is_late(_moment_us(price) / 1_000_000):
+                continue
             found = [None if e is None else _usd(digits, e) for e in _exponents(decimals, price.oracle_decimals)]
-            fits &= {i for i, usd in enumerate(found) if usd is not None and abs(usd / close - 1) <= TOLERANCE}
-            compared = True
-            if not fits:
+            rules = [i for i, usd in enumerate(found) if usd is not None and abs(usd / close - 1) <= TOLERANCE]
+            fits.update(rules)
+            if not rules:
                 tried = ", ".join(
                     f"{usd:g} by {rule}" for rule, usd in zip(_RULES, found, strict=True) if usd is not None
                 )
-                text = f"{self.NAME}: the price of {price.token_symbol} is {tried}, its 1m candle closed at {close:g}: " \
-                       f"no decimal rule fits within {TOLERANCE:.0%}"  # fmt: skip
-                raise FrameError("no_decimal_rule", text) if self.open_world else ConfigError(text)
-        return min(fits) if compared or self.open_world else -1
+                misfits.append(f"the price of {price.token_symbol} is {tried}, its 1m candle closed at {close:g}")
+        if misfits and not fits:
+            text = f"{self.NAME}: {'; '.join(misfits)}: no decimal rule fits within {TOLERANCE:.0%}"
+            raise FrameError("no_decimal_rule", text) if self.open_world else ConfigError(text)
+        if not fits:
+            return 0 if self.open_world else -1
+        return max(range(len(_RULES)), key=fits.__getitem__)  # the likeliest of those that fit as many
 
     # What this venue has not
 
