@@ -390,11 +390,16 @@ class BookSync:
             self._publish_unproven()
 
     def _try_held(self) -> None:
-        """The missing message may have come late: then the held ones follow it and no snapshot is needed."""
+        """The missing messages may have come late: then the held ones follow them and no snapshot is needed.
+
+        A connection brings them in order, so the last to come ends the hole; where they are swapped, one that begins
+        it may be the last. Only then all that is held is looked at: behind an absurd id it would be at each message.
+        """
         if self._hole is None or not self._held or self._unproven_id >= 0:
             return
         follows, newest = self._follows, self._held[-1]
-        if follows(self.last_id, newest.first_id, newest.last_id, newest.prev_id) != NEXT:
+        ends = newest.last_id == self._hole[1]
+        if not ends and follows(self.last_id, newest.first_id, newest.last_id, newest.prev_id) != NEXT:
             return
         chain_ = sorted(self._held, key=lambda d: d.last_id)
         last_id = self.last_id
