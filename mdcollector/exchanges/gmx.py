@@ -84,6 +84,12 @@ class Price(msgspec.Struct, gc=False, rename="camel"):
     timestamp: Moment | None = None
 
 
+class _Named(msgspec.Struct, gc=False, rename="camel"):
+    """Of a price what tells whether it is wanted."""
+
+    token_symbol: str
+
+
 class Token(msgspec.Struct, gc=False):
     """{"symbol":"SOL","address":"0x2b..","decimals":9,"synthetic":true}"""
 
@@ -98,7 +104,8 @@ class _Tokens(msgspec.Struct):
 
 
 _decode_candles = msgspec.json.Decoder(Candles).decode
-_decode_prices = msgspec.json.Decoder(list[Price]).decode
+_decode_prices = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_named, _decode_price = msgspec.json.Decoder(_Named).decode, msgspec.json.Decoder(Price).decode
 _decode_tokens = msgspec.json.Decoder(_Tokens | list[Token]).decode  # a bare array in some copies of the documentation
 
 
@@ -353,27 +360,31 @@ class Gmx(Venue):
         if interval == "1m" and not self._is_late(rows[0][0] + _INTERVALS[interval]):
             self._closes[ticker] = rows[0][1][3]
         if name in self._series or self.open_world:
-            self._publish(self._series_of(ticker, interval), rows)
+            self._publish(self._series_of(ticker, interval), rows, int(answer.candles[0][0]))
 
     def _checked(self, candles: list[list[float]]) -> list[tuple[int, Ohlc]]:
-        """Open time and prices of each candle, newest first; FrameError unless all of them can be."""
-        latest, rows = self.emit.rcv_us // 1_000_000 + AHEAD_MAX_S, list[tuple[int, Ohlc]]()
+        """Open time and prices of each candle that can be, newest first; FrameError unless all times can be."""
+        latest, rows, before = self.emit.rcv_us // 1_000_000 + AHEAD_MAX_S, list[tuple[int, Ohlc]](), float("inf")
         if len(candles) > LIMIT_MAX:
             raise FrameError("too_many_candles", f"{len(candles)} in one answer")
         for candle in candles:
             if len(candle) != 5:
                 raise FrameError("wrong_candle", f"{len(candle)} numbers instead of 5")
             at, *prices = candle
-            if not (0 < at <= latest and at.is_integer() and all(0 < price < PRICE_MAX for price in prices)):
+            if not (0 < at <= latest and at.is_integer()):
                 raise FrameError("absurd_number", f"candle {candle}")
-            if rows and at >= rows[-1][0]:
-                raise FrameError("wrong_order", f"candle {int(at)} stands behind {rows[-1][0]}, the newest comes first")
-            rows.append((int(at), (prices[0], prices[1], prices[2], prices[3])))
+            if at >= before:
+                raise FrameError("wrong_order", f"candle {int(at)} stands behind {int(before)}, the newest comes first")
+            before = at
+            if all(0 < price < PRICE_MAX for price in prices):
+                rows.append((int(at), (prices[0], prices[1], prices[2], prices[3])))
+            else:
+                self.emit.refused("absurd_number", str(candle).encode(), "candle")
         return rows
 
-    def _publish(self, series: _Series, rows: list[tuple[int, Ohlc]]) -> None:
-        """Rows for what differs from the version published before: the first is open, those behind it are closed."""
-        emit, latest = self.emit, rows[0][0]
+    def _publish(self, series: _Series, rows: list[tuple[int, Ohlc]], latest: int) -> None:
+        """Rows for what differs from the version published before: that of `latest` is open, those behind it are closed."""
+        emit = self.emit
         late = self._is_late(latest + series.length_s)
         if late or latest < series.newest:
             emit.counters["stale_answer"] += 1
@@ -385,8 +396,10 @@ class Gmx(Venue):
             series.horizon = max(series.horizon, min(unwanted[0][0], series.newest or unwanted[0][0]))
         series.answered = True
         batch: list[CandleArgs] = []
-        for at, ohlc in reversed(rows[1:] if late else rows):  # a late host calls open what has ended since
+        for at, ohlc in reversed(rows):
             closed, before = at < latest, series.known.get(at)
+            if late and not closed:
+                continue  # a late host calls open what has ended since
             if before is None:
                 if at <= series.horizon:
                     continue
@@ -412,8 +425,15 @@ class Gmx(Venue):
     # Prices
 
     def _on_prices(self, body: bytes) -> None:
-        prices = decode_body(_decode_prices, body)
-        wanted = prices if self.open_world else [p for p in prices if p.token_symbol in self._prices]
+        wanted, seen = list[Price](), set[str]()
+        for raw in decode_body(_decode_prices, body):
+            try:
+                ticker = _decode_named(raw).token_symbol
+                if self.open_world or ticker in self._prices:
+                    seen.add(ticker)
+                    wanted.append(_decode_price(raw))
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:  # each token is a message of its own
+                self.emit.refused_error(error, bytes(raw))
         if not wanted:
             self.emit.counters["tickers_empty"] += 1
             self._not_fresh(self._prices.values(), "no wanted token in the list of prices")
@@ -424,9 +444,7 @@ class Gmx(Venue):
                 self._not_fresh(self._prices.values(), "no token has a price and a candle that are up to date")
                 return
             self.notes["decimal rule"] = f"USD = value / {_RULES[self._rule]}"
-        seen = set[str]()
         for price in wanted:
-            seen.add(price.token_symbol)
             self._on_price(price, body)
         if missing := [name for ticker, name in self._prices.items() if ticker not in seen]:
             self.emit.counters["ticker_missing"] += len(missing)
