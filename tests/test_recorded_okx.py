@@ -931,6 +931,37 @@ def test_a_trade_of_a_new_side_is_told_and_kept(make: Make) -> None:
     assert "new side of a trade both" in venue.notes
 
 
+def liquidations(*orders: tuple[str, list[dict[str, str]]]) -> bytes:
+    detail = {"bkPx": "2", "posSide": "long", "side": "sell", "sz": "3", "ts": "1796083200000"}
+    data = [
+        {"details": [detail | changed for changed in details], "instId": ticker, "instType": "SWAP"}
+        for ticker, details in orders
+    ]
+    return json.dumps({"arg": {"channel": "liquidation-orders", "instType": "SWAP"}, "data": data}).encode()
+
+
+@pytest.mark.parametrize("odd", [{"side": "none"}, {"sz": "-1"}, {"bkPx": ""}, {"ts": "-1"}])
+def test_a_forced_order_of_another_instrument_harms_no_wanted_one(odd: dict[str, str], make: Make) -> None:
+    venue = make(stream("liquidation-orders:SWAP", "liquidations", "A-USDT-SWAP"))
+    venue.decode(liquidations(("B-USDT-SWAP", [odd]), ("A-USDT-SWAP", [{}])))
+    assert venue.emit.rings["liquidations"].recent_rows(0)["qty"].tolist() == [3.0]
+    assert (venue.emit.counters["liquidations_of_others"], venue.emit.counters["protocol_drift"]) == (1, 0)
+
+
+def test_a_forced_order_of_a_new_side_is_told_and_kept(make: Make) -> None:
+    venue = make(stream("liquidation-orders:SWAP", "liquidations", "A-USDT-SWAP"))
+    venue.decode(liquidations(("A-USDT-SWAP", [{}, {"side": "none"}, {"side": "buy"}])))
+    assert venue.emit.rings["liquidations"].recent_rows(0)["side"].tolist() == [-1, 0, 1]
+    assert venue.emit.counters["protocol_drift"] == 1
+
+
+def test_half_a_message_of_forced_orders_is_not_written(make: Make) -> None:
+    venue = make(stream("liquidation-orders:SWAP", "liquidations", "A-USDT-SWAP"))
+    with pytest.raises(FrameError, match="liquidation price=1e\\+300"):
+        venue.decode(liquidations(("A-USDT-SWAP", [{}, {"bkPx": "1e300"}, {}])))
+    assert venue.emit.rings["liquidations"].next == 0
+
+
 def test_an_error_refuses_the_stream_that_it_names_or_halves_the_request(make: Make) -> None:
     names = [f"tickers:T{n}-USDT" for n in range(4)]
     venue = make(*[stream(name, "tickers", name.partition(":")[2]) for name in names])

@@ -166,7 +166,7 @@ class Liquidation(msgspec.Struct):
     """{"details":[{"bkPx":"0.4162","posSide":"short","side":"buy","sz":"2137","ts":"1789669898955"}],"instId":...}"""
 
     instId: str  # noqa: N815 (the venue's name)
-    details: list[_Detail]
+    details: msgspec.Raw  # of all instruments of a type: those of a wanted one are decoded
 
 
 class _RestTrade(msgspec.Struct):
@@ -245,6 +245,7 @@ def _frames(kind: Any, name: str) -> Callable[[bytes], Any]:
 _decode_book, _decode_texts = _frames(Book, "Book"), _frames(_TextBook, "TextBook")
 _decode_trades, _decode_best, _decode_marks = _frames(Trade, "Trade"), _frames(Best, "Best"), _frames(Marks, "Marks")
 _decode_candles, _decode_liquidations = _frames(list[str], "Candle"), _frames(Liquidation, "Liquidation")
+_decode_details = msgspec.json.Decoder(list[_Detail], strict=False).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_rest_trades = msgspec.json.Decoder(list[_RestTrade], strict=False).decode
@@ -295,13 +296,6 @@ def _time_us(text: str) -> int:
 
 def _pairs(levels: list[Level]) -> list[tuple[float, float]]:
     return [(level.px, level.sz) for level in levels]
-
-
-def _side(text: str) -> int:
-    side = _SIDES.get(text)
-    if side is None:
-        raise FrameError("unknown_side", text)
-    return side
 
 
 def _said(m: Marks, ticker: str, channel: str) -> dict[str, float]:
@@ -893,12 +887,17 @@ class Okx(Venue):
             data = _decode_liquidations(frame).data
             if not data:
                 self._no_data(frame)
-            rows = [(instrument_of(order.instId), d, _side(d.side)) for order in data for d in order.details]
-            for instrument, d, side in rows:
+            rows = []
+            for order in data:
+                instrument = instrument_of(order.instId)
                 if instrument is None:
                     self.emit.counters["liquidations_of_others"] += 1
-                else:
-                    self.emit.liquidation(instrument, d.ts * 1000, side, d.bkPx, d.sz)
+                    continue
+                for d in _decode_details(order.details):
+                    self.emit.check_liquidation(d.ts * 1000, d.bkPx, d.sz)  # before any of them is written
+                    rows.append((instrument, d.ts * 1000, self.side_of_trade(_SIDES, d.side), d.bkPx, d.sz))
+            for row in rows:
+                self.emit.liquidation(*row)
 
         return on_liquidations
 
