@@ -615,8 +615,11 @@ class TradeSync:
         """Ask for what may have been missed behind the last trade; else only the next one would tell."""
         self._want_repair(self.instrument.ticker, self.last + 1, self.last + TAIL_IDS)
 
-    def _take_tail(self, trades: Sequence[TradeRow]) -> None:
-        """The venue's answer to `want_tail`: what lies behind the last trade was missed."""
+    def _take_tail(self, trades: Sequence[TradeRow], *, newest_of_all: bool = False) -> None:
+        """The venue's answer to `want_tail`: what lies behind the last trade was missed.
+
+        Each venue gives as many at once as it likes: unless these are its newest of all, more may lie behind them.
+        """
         missed = sorted((trade[0], trade[1]) for trade in trades if 0 < trade[0] - self.last <= COUNTER_JUMP_MAX)
         if not missed:
             self._cause_seq = -1  # nothing was missed
@@ -625,7 +628,7 @@ class TradeSync:
         cause = self.cause if self.unproven else "sequence"
         self._open_hole(self.last + 1, newest, missed[0][1], cause, repair=False)
         self.last, self.last_time = newest, timestamp
-        if len(missed) >= TAIL_IDS:
+        if not newest_of_all:
             self._cause_seq = newest
             self.want_tail()
 
@@ -654,7 +657,7 @@ class TradeSync:
         if self.last < 0:
             self.last, self.last_time = newest, timestamp
             return
-        self._take_tail(trades)
+        self._take_tail(trades, newest_of_all=True)
         self.publish([trade for trade in trades if self._hole_with(trade[0]) is not None], _REPAIRED)
         oldest = min(trade[0] for trade in trades)
         for hole in [hole for hole in self._holes if hole.last == oldest - 1]:
