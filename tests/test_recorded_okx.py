@@ -776,6 +776,20 @@ def test_sizes_of_contracts() -> None:
     ]
 
 
+@pytest.mark.parametrize("odd", [{"listTime": "-1"}, {"expTime": "4102444800001"}, {"listTime": "soon"}, {"tickSz": "0.1 USD"}, {"lotSz": "-1"}])  # fmt: skip
+def test_one_impossible_instrument_harms_no_other(odd: dict[str, str], make: Make) -> None:
+    venue = make()
+    listed = [{"instId": f"{base}-USDT", "instType": "SPOT", "state": "live", "tickSz": "0.1"} for base in "ABC"]
+    listed[1] |= odd
+    url = "/api/v5/public/instruments?instType=SPOT"
+    found = venue.take_instruments(url, json.dumps({"code": "0", "data": listed}).encode())
+    assert [info.ticker for info in found if info.active] == ["A-USDT", "B-USDT", "C-USDT"], "all can be collected"
+    ring = venue.emit.rings["instruments"]
+    assert [ring.tickers[code] for code in ring.recent_rows(0)["ticker"].tolist()] == ["A-USDT", "C-USDT"]
+    assert venue.emit.counters["refused_absurd_number"] == 1
+    assert "B-USDT" in venue.emit.samples["refused_absurd_number"]
+
+
 @pytest.mark.parametrize("name", LAST_TRADES)
 def test_trades_body_repairs_a_hole(name: str, make: Make) -> None:
     """A live trade before and one behind those of the answer; it fills the hole between them."""

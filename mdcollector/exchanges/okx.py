@@ -70,6 +70,7 @@ _TBT_REFUSED = (_NOT_YET, "60029", "64003")  # login needed, tier too low
 _ARG_IN_TEXT = re.compile(r"channel:\s*([\w-]+)\s*,\s*inst(?:Id|Type|Family):\s*([\w-]+)")
 _PUSH_TIME = re.compile(rb'"ts":"\d+"')
 _NOTHING = msgspec.Raw(b"")
+_IMPOSSIBLE = -2  # a time that no instrument has
 
 # Intervals of candles; those of six hours and more begin at UTC midnight with `utc`, else at that of Hong Kong.
 _BARS = {
@@ -973,11 +974,19 @@ class Okx(Venue):
 
 def _info(i: _Instrument) -> InstrumentInfo:
     base, _, quote_ = i.uly.partition("-")
-    size = _number(i.ctVal) * (_number(i.ctMult) if i.ctMult else 1.0) if i.ctVal else 1.0
-    return InstrumentInfo(
-        i.instId, i.state == "live", _KINDS[i.instType], i.baseCcy or base, i.quoteCcy or quote_, i.state,
-        _number(i.tickSz), _number(i.lotSz), size, _time_us(i.listTime), _time_us(i.expTime),
-    )  # fmt: skip
+    info = InstrumentInfo(
+        i.instId, i.state == "live", _KINDS[i.instType], i.baseCcy or base, i.quoteCcy or quote_, i.state
+    )
+    try:
+        size = _number(i.ctVal) * (_number(i.ctMult) if i.ctMult else 1.0) if i.ctVal else 1.0
+        return msgspec.structs.replace(
+            info, tick_size=_number(i.tickSz), qty_step=_number(i.lotSz), contract_size=size,
+            listed_time=_time_us(i.listTime), expiry_time=_time_us(i.expTime),
+        )  # fmt: skip
+    except msgspec.ValidationError:
+        return msgspec.structs.replace(
+            info, listed_time=_IMPOSSIBLE
+        )  # `tell` refuses this one, the others of the list are good
 
 
 def _data_of(body: bytes) -> msgspec.Raw:
