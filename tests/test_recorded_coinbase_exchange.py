@@ -503,7 +503,7 @@ def test_a_repair_whose_url_makes_no_sense_is_refused(text: str, venue: Any) -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mutated_frames(seed: int, tmp_path: Path) -> None:
-    """Real frames bent in all ways: a product whose own frames are whole feels nothing, and nothing impossible is stored."""
+    """Real frames bent in all ways: at most they cost a whole book a snapshot (cut, they may be of any)."""
     rng, one = random.Random(seed), Probe("coinbase_exchange", tmp_path, ())
     frames = [
         json.dumps(json.loads((FOLDER / "samples" / name).read_text()), separators=(",", ":")) for name in SAMPLES
@@ -519,6 +519,8 @@ def test_mutated_frames(seed: int, tmp_path: Path) -> None:
         if i % 10:
             continue
         n, price, size = i // 10, rng.randrange(1, 9), rng.randrange(0, 4)
+        if one.venue.books["CALM-USD"].state != "live":
+            assert one.feed({"type": "snapshot", **calm, "bids": list(truth.items()), "asks": []})
         truth[float(price)] = float(size)
         at = f"2026-11-24T02:{n // 60:02d}:{n % 60:02d}.000000Z"
         assert one.feed(
