@@ -11,7 +11,7 @@ from fleet import mdcollector
 from mdcollector import planning
 from mdcollector.config import ConnectorConfig
 from mdcollector.errors import ConfigError
-from mdcollector.exchanges import Options
+from mdcollector.exchanges import Options, venue_class, venue_names
 from mdcollector.exchanges.binance import BinanceSpot
 from mdcollector.planning import plan_fleet
 from mdcollector.supervisor import Planned
@@ -60,6 +60,15 @@ def test_what_a_plan_costs(tmp_path: Path) -> None:
     assert family["weight_s"] == pytest.approx((12750 - ours / 4) / (ours * 3 / 4) * 60)
     assert family["connects_s"] == 0
     assert family["sync_s"] == pytest.approx(family["weight_s"] + family["messages_s"])
+
+
+@pytest.mark.parametrize("exchange", venue_names())
+@pytest.mark.parametrize("name", ["BTCUSDT", "X-Y-Z-1-2-3", "-", "a b", "ü"])
+def test_a_name_of_another_venue_is_planned_as_any_other(exchange: str, name: str) -> None:
+    """Where the list of instruments cannot be had, it is the venue that refuses it."""
+    kind = venue_class(exchange)
+    (streams,) = kind.plan([name], ["tickers"], Options())
+    assert {stream.ticker for stream in streams} == {name}
 
 
 def test_the_list_of_instruments_is_part_of_the_weight(tmp_path: Path) -> None:

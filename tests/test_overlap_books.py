@@ -24,7 +24,14 @@ def bybit(u: int, kind: str) -> dict[str, Any]:
     return {"topic": "orderbook.200.AB", "type": "delta" if kind == "change" else kind, "ts": MS, "data": data}
 
 
-@pytest.fixture(params=[("deribit", deribit), ("bybit_linear", bybit)], ids=lambda param: param[0])
+def okx(seq: int, kind: str) -> dict[str, Any]:
+    data = {"bids": [["1", str(seq), "0", "1"]], "asks": [], "ts": str(MS), "checksum": 0, "seqId": seq,
+            "prevSeqId": -1 if kind == "snapshot" else seq - 1}  # fmt: skip
+    action = "update" if kind == "change" else kind
+    return {"arg": {"channel": "books", "instId": "AB"}, "action": action, "data": [data]}
+
+
+@pytest.fixture(params=[("deribit", deribit), ("bybit_linear", bybit), ("okx", okx)], ids=lambda param: param[0])
 def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Probe, Frame]]:
     """A book that is live at 100, and a second connection that began with a snapshot of 105."""
     name, frame = request.param

@@ -272,9 +272,9 @@ def is_spot(ticker: str) -> bool:
 
 
 def underlying(ticker: str) -> str:
-    """The index of an instrument: BTC-USD of BTC-USD_UM-261030."""
-    base, quote_, *_ = ticker.split("-")
-    return f"{base}-{quote_.partition('_')[0]}"
+    """The index of an instrument: BTC-USD of BTC-USD_UM-261030; of a name that is none of the venue's, itself."""
+    base, dash, rest = ticker.partition("-")
+    return base + dash + rest.partition("-")[0].partition("_")[0]
 
 
 def _kind_of(ticker: str) -> str:
@@ -790,6 +790,8 @@ class Okx(Venue):
         ticker, timestamp = book.instrument.ticker, event.ts * 1000
         if book.state is LIVE and (self.overlapping or (seq <= book.last_id and timestamp <= book.last_time)):
             self.emit.counters["book_snapshot_unneeded"] += 1
+            if self.overlapping:
+                self.pass_over(book, seq)
             return
         texts = None
         if event.checksum:
