@@ -233,3 +233,16 @@ def test_trade_ids_of_what_was_left_are_remembered_for_the_newest_ones_only(
         one.venue.remove([f"{name}-1-1-C"], connected=False)
     assert list(one.venue._trade_ids_left) == ["B-1-1-C", "C-1-1-C"]
     one.sane()
+
+
+def test_fetched_trades_of_one_millisecond_keep_their_order(probe: Make) -> None:
+    """The venue gives the newest first (recorded answers of recent-trade)."""
+    one = probe("bybit_linear", "AB")
+    assert one.feed(trade("a"))
+    one.venue.disconnected("reconnect")
+    made = [
+        {"execId": i, "symbol": "AB", "price": "1", "size": "1", "side": "Buy", "time": str(MS + 1)} for i in "edcb"
+    ]
+    answer = {"retCode": 0, "result": {"category": "linear", "list": made}}
+    one.venue.http("https://x/v5/market/recent-trade?category=linear&symbol=AB&limit=60", json.dumps(answer).encode())
+    assert ids(one) == ["a", "b", "c", "d", "e"]

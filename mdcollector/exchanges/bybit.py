@@ -919,12 +919,14 @@ class BybitOption(Bybit):
 
 
 def _rest_rows(ticker: str, body: bytes) -> list[TradeRow]:
-    """Trades of GET /v5/market/recent-trade; FrameError when they are of another instrument."""
+    """Trades of GET /v5/market/recent-trade, which gives the newest first, oldest first: those of one millisecond keep their
+    order. FrameError when they are of another instrument.
+    """
     found = decode_body(_decode_rest_trades, _checked_body(body)).result.list
     for trade in found:
         if trade.symbol != ticker:
             raise FrameError("unknown_symbol", f"{trade.symbol} among the recent trades of {ticker}")
-    return [_row(t.time, t.side, t.price, t.size, t.execId) for t in found]
+    return [_row(t.time, t.side, t.price, t.size, t.execId) for t in reversed(found)]
 
 
 def _number(name: str, text: _Text) -> float:
