@@ -132,7 +132,8 @@ def test_rings_that_differ_from_the_tables_are_found(run: Fleet, tmp_path: Path)
 def test_rows_that_never_reached_the_tables_are_found(run: Fleet, tmp_path: Path) -> None:
     copytree(run.data, tmp_path / "out")
     last = max(tmp_path.glob("out/bbo/*/date=*/*.parquet"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
-    last.unlink()
+    table = pq.read_table(last, partitioning=None)
+    pq.write_table(table.slice(0, len(table) // 2), last)  # a slow run may have no other file
     proof = prove(run.sim.ledger(), tmp_path / "out", run.rings, feeds=run.feeds)
     assert [text for text in proof.differences if "rows published" in text], str(proof)
     assert prove(run.sim.ledger(), tmp_path / "out", feeds=run.feeds).ok, "a table that ends early is no difference"

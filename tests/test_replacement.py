@@ -36,7 +36,7 @@ class Desk:
         settings = ConnectorConfig(exchange=exchange, tickers=[TICKERS[exchange]], feeds=["trades"], capacity=SMALL)
         kind = venue_class(exchange)
         streams = kind.streams_of(TICKERS[exchange], ["trades"], module.venue_options(settings, kind))
-        self.connector = Connector("t", settings, rings, streams)
+        self.connector = Connector("t", settings, rings, streams, connector="t", number=0)
         self.venue = self.connector.venue
         self.opened: asyncio.Queue[HandedLeg] = asyncio.Queue()
         self.noted: asyncio.Queue[Exception] = asyncio.Queue()
