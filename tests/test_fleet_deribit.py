@@ -289,7 +289,10 @@ def test_a_venue_that_has_no_time_is_asked_again(start: Start) -> None:
     fleet.sim.fault("disconnect")
     fleet.wait_counter("venue_busy", 2)
     fleet.wait_live()
-    assert len([name for name in subscriptions(fleet) if name.endswith(".raw")]) == 3 * len(fleet.tickers)
+    until(
+        lambda: len([name for name in subscriptions(fleet) if name.endswith(".raw")]) == 3 * len(fleet.tickers),
+        lambda: f"all raw channels: {subscriptions(fleet)}",
+    )
     assert not [name for name, stream in fleet.stats()["streams"].items() if stream["refused"]]
     assert fleet.stats()["notes"] == {}
     fleet.wait_more("trades", 40)
