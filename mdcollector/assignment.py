@@ -8,17 +8,20 @@ list cut anew at every start, one new name would shift the instruments at all th
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
+from mdcollector.errors import StorageError
 from mdcollector.exchanges import Carried, Options, Stream, Venue
 
 log = logging.getLogger(__name__)
 
 PLANS = "_plans"  # below the rings
+LOCK_WAIT_S = 2.0  # whoever has the lock reads and writes a small file
 
 
 class _File(msgspec.Struct):
@@ -131,7 +134,21 @@ class Assignment:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         fd = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            self._take_lock(fd)
             yield
         finally:
             os.close(fd)
+
+    def _take_lock(self, fd: int) -> None:
+        """StorageError when somebody who was stopped has it: a start is tried again, a running connection asks later."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    text = f"{self.path}: held by another process for more than {LOCK_WAIT_S:g} s"
+                    raise StorageError(text) from None
+                time.sleep(0.01)
+            else:
+                return

@@ -9,7 +9,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -262,17 +262,23 @@ class Emit:
 
     def _past_of(self, directory: Path, wanted: Collection[str], feed: str) -> tuple[list[str], Rows] | None:
         """Rows of these instruments in the ring of a sibling, which may be live; None = there are none."""
-        with suppress(RingError), RingReader(directory, feed) as ring:
-            codes = [code for code, ticker in enumerate(ring.tickers) if ticker in wanted]
-            if not codes or ring.exchange != self.exchange.name:
-                return None
-            ring.seek("oldest")
-            parts, stop = [np.empty(0, ring.feed.dtype)], ring.published
-            while ring.position < stop:
-                rows = ring.read()
-                parts.append(rows[np.isin(rows["ticker"], codes)])
-            return ring.tickers, np.concatenate(parts)
-        return None
+        if not (directory / f"{feed}.meta").exists():
+            return None
+        try:
+            with RingReader(directory, feed) as ring:
+                codes = [code for code, ticker in enumerate(ring.tickers) if ticker in wanted]
+                if not codes or ring.exchange != self.exchange.name:
+                    return None
+                ring.seek("oldest")
+                parts, stop = [np.empty(0, ring.feed.dtype)], ring.published
+                while ring.position < stop:
+                    rows = ring.read()
+                    parts.append(rows[np.isin(rows["ticker"], codes)])
+                return ring.tickers, np.concatenate(parts)
+        except RingError as error:  # what moved from there begins without what was before
+            self.counters["sibling_unreadable"] += 1
+            self.samples["sibling_unreadable"] = str(error)
+            return None
 
     # The connection
 

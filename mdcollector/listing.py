@@ -11,7 +11,7 @@ from functools import partial
 
 from mdcollector.assignment import Assignment
 from mdcollector.emit import Emit
-from mdcollector.errors import ConfigError
+from mdcollector.errors import ConfigError, StorageError
 from mdcollector.exchanges import PAGES_MAX, REASON_CHARS_MAX, Carried, Fetch, InstrumentInfo, Selection, Venue
 
 ROUND_MOST_S = 600.0  # a list that is not complete by then is begun anew
@@ -106,7 +106,7 @@ class Listing:
         mine = [stream.ticker for stream in venue.streams]
         try:
             carried = followed.assignment.follow(followed.number, venue.path, meant, dict.fromkeys(mine))
-        except (ConfigError, OSError) as error:  # what is subscribed goes on
+        except (ConfigError, StorageError, OSError) as error:  # what is subscribed goes on
             self._give_up(str(error))
             return
         here = carried[followed.number]

@@ -25,7 +25,7 @@ import aiohttp
 import msgspec
 
 from mdcollector.budget import Budget
-from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, takes
+from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, connector_of, takes
 from mdcollector.connector import assignment, feeds_of, rest_hosts, selection, venue_options, weight_budget
 from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
@@ -174,7 +174,7 @@ def find_planned(
     anew.
     """
     for connector, settings in fleet.connectors.items():
-        if name != connector and name.rpartition(".")[0] != connector:
+        if connector not in (name, connector_of(name)):
             continue
         place, rings = f"{where}: connectors.{connector}", Path(fleet.rings)
         number = name.removeprefix(connector).removeprefix(".")
@@ -543,9 +543,12 @@ def undrained(rings: Path, fleet: FleetConfig, processes: Sequence[str]) -> dict
         path = rings / name / f"{feed}.meta"
         if (name, feed) in merged or f"{name}/{feed}" in seen or str(path) in seen or not path.exists():
             continue
-        with suppress(RingError), RingReader(rings / name, feed) as ring:
-            if ring.published:
-                found[f"{name}/{feed}"] = ring.published
+        try:
+            with RingReader(rings / name, feed) as ring:
+                if ring.published:
+                    found[f"{name}/{feed}"] = ring.published
+        except RingError as error:
+            log.warning("rows that no writer takes are not counted: %s", error)
     return found
 
 

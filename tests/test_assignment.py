@@ -1,5 +1,6 @@
 """Which connection carries which instrument: it stays, what is new fills places, and one file is the truth for all."""
 
+import fcntl
 import json
 import logging
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mdcollector.assignment import Assignment
+from mdcollector.errors import StorageError
 from mdcollector.exchanges import Options
 from mdcollector.exchanges.okx import BOOKS_PER_CONNECTION, BUSINESS, PUBLIC, Okx
 
@@ -130,6 +132,7 @@ PLANNER = """
 import sys
 from pathlib import Path
 from mdcollector.assignment import Assignment
+from mdcollector.errors import StorageError
 from mdcollector.exchanges import Options
 from mdcollector.exchanges.okx import PUBLIC, Okx
 rings, number, *tickers = sys.argv[1:]
@@ -149,3 +152,13 @@ def test_several_processes_at_once_agree(tmp_path: Path) -> None:
     found = [process.communicate(timeout=60)[0].split() for process in processes]
     assert found[0] == found[2] == listed[:MOST]
     assert found[1] == found[3] == listed[MOST:]
+
+
+def test_a_lock_that_somebody_keeps_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    plan(tmp_path, NAMES)
+    lock = tmp_path / "_plans" / "okx.lock"
+    with open(lock, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="held by another process for more than 2 s"):
+            plan(tmp_path, NAMES)
+    assert plan(tmp_path, NAMES) == [NAMES[:MOST], NAMES[MOST:]]

@@ -722,6 +722,14 @@ def test_of_siblings_that_cannot_be_read_or_are_of_another_venue_nothing_is_take
     (broken / "trades.meta").write_bytes(b"no ring")
     other = sibling(tmp_path, "other", [("B", 900, 9)], Exchange.OKX)
     assert taken_over(tmp_path, [broken, other, tmp_path / "none"], "A", "B") == {}
+    emit = Emit(
+        tmp_path, "t", Exchange.DERIBIT, ["trades"], capacities={"trades": 512}, semaphore=False,
+        siblings=[broken, other, tmp_path / "none"],
+    )  # fmt: skip
+    assert list(emit.taken_over({"B"}, "trades", "trade_seq")) == []
+    assert emit.counters["sibling_unreadable"] == 1
+    assert "too short for a ring" in emit.samples["sibling_unreadable"]
+    emit.close()
     assert taken_over(tmp_path, [sibling(tmp_path, "good", [("B", 900, 9)])], "B") == {"B": [9]}
 
 

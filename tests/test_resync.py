@@ -80,11 +80,11 @@ def test_a_refused_snapshot_is_asked_for_on_the_next_connection(
 
 def test_polls_leave_request_weight_for_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A poll of open interest waits while less than the reserve is left; a snapshot wanted later goes before it."""
-    now, urls = [1000.0], list[str]()
+    now, asked = [1000.0], list[tuple[str, float]]()  # URL and when
     monkeypatch.setattr(budget, "_now", lambda: now[0])
 
     async def answer(_session: object, url: str, *_: object) -> tuple[int, bytes]:
-        urls.append(url)
+        asked.append((url, now[0]))
         return 400, b""
 
     monkeypatch.setattr(transport, "get", answer)
@@ -103,14 +103,16 @@ def test_polls_leave_request_weight_for_books(tmp_path: Path, monkeypatch: pytes
     class EnoughError(Exception):
         """The end of the test."""
 
-    def on_answer() -> None:
-        if len(urls) == 2:
-            raise EnoughError
-        assert urls == ["http://a/depth"]
+    def later() -> None:
         now[0] += 60.0
         fetcher.want(poll)  # the same one; it only wakes up who waits
 
+    def on_answer() -> None:
+        if len(asked) == 2:
+            raise EnoughError
+        asyncio.get_running_loop().call_soon(later)  # runs once the fetcher waits, and not before
+
     with pytest.raises(EnoughError):
         asyncio.run(fetcher.run(on_answer, lambda: None))
-    assert urls[1] == f"http://a{poll.path}", "with weight enough it goes"
+    assert asked == [("http://a/depth", 1000.0), (f"http://a{poll.path}", 1060.0)], "with weight enough it goes"
     emit.close()
