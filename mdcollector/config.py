@@ -324,11 +324,11 @@ def _check_names(path: Path, fleet: FleetConfig) -> None:
 def _check_drains(path: Path, fleet: FleetConfig) -> None:
     """A writer has something to drain, and a stream one writer for each place it goes to."""
     names = [*fleet.connectors, *fleet.arbiters]
-    owners: dict[tuple[str, str, str, str], str] = {}  # sink, out, connector, feed -> writer
+    owners: dict[tuple[str, str, str], list[tuple[str, str]]] = {}  # sink, out, feed -> connector or process, writer
     for writer, settings in fleet.writers.items():
         drained: list[str] = []
         for pattern in settings.connectors if names else ():
-            # A connector may need several connections: NAME.1 is one of them, NAME.* all.
+            # NAME means all connections of a connector, as NAME.* does; NAME.1 one of them.
             found = [pattern] if pattern.rpartition(".")[0] in names else fnmatch.filter(names, pattern)
             if not found:
                 raise ConfigError(
@@ -337,19 +337,21 @@ def _check_drains(path: Path, fleet: FleetConfig) -> None:
             drained += found
         feeds = {feed for pattern in settings.feeds for feed in fnmatch.filter(FEEDS, pattern)}
         for name, feed in itertools.product(drained, feeds):
-            key = settings.sink, os.path.normpath(settings.out), name, feed
-            if (other := owners.setdefault(key, writer)) != writer:
-                raise ConfigError(
-                    f"{path}: writers.{writer}: {other} puts {feed} of {name} into {settings.out} too; "
-                    "a stream has one writer in a place"
-                )
+            place, whole = (settings.sink, os.path.normpath(settings.out), feed), name.removesuffix(".*")
+            for taken, other in owners.setdefault(place, []):
+                if other != writer and (taken == whole or connector_of(taken) == whole or connector_of(whole) == taken):
+                    raise ConfigError(
+                        f"{path}: writers.{writer}: {other} puts {feed} of {name} into {settings.out} too; "
+                        "a stream has one writer in a place"
+                    )
+            owners[place].append((whole, writer))
 
 
 def takes(connectors: Sequence[str], feeds: Sequence[str], process: str, feed: str) -> bool:
-    """Whether a writer with these patterns drains this feed of this process."""
-    return all(
-        any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        for name, patterns in ((process, connectors), (feed, feeds))
+    """Whether a writer with these patterns drains this feed of this process; who means a connector means all of it."""
+    names = process, connector_of(process)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in connectors) and any(
+        fnmatch.fnmatchcase(feed, pattern) for pattern in feeds
     )
 
 

@@ -210,7 +210,7 @@ def test_rows_that_stay_in_the_rings_are_told_by_connector_and_feed(tmp_path: Pa
 
 
 def test_check_tells_what_no_writer_takes(tmp_path: Path) -> None:
-    """By the names of the processes: a pattern without a star means none of several connections."""
+    """By the names of the processes: that of a connector means all of its connections."""
     path = tmp_path / "fleet.toml"
     many = {"exchange": "deribit", "tickers": [f"T{n}-PERPETUAL" for n in range(501)], "feeds": ["trades"]}
     legs = {name: {"exchange": "deribit", "tickers": ["X"], "feeds": ["trades", "bbo"]} for name in ("a", "b")}
@@ -227,8 +227,9 @@ def test_check_tells_what_no_writer_takes(tmp_path: Path) -> None:
     names, text = untaken({"all": {"out": "data"}})
     assert names == []
     assert "no writer" not in text
-    names, text = untaken({"some": {"out": "data", "connectors": ["many", "both"]}})
-    left = [f"many.{n}/{feed}" for n in (1, 2) for feed in ("trades", *always)] + ["a/bbo", "b/bbo"]
+    names, text = untaken({"some": {"out": "data", "connectors": ["many.1", "both"]}})
+    left = [f"many.2/{feed}" for feed in ("trades", *always)] + ["a/bbo", "b/bbo"]
+    assert untaken({"some": {"out": "data", "connectors": ["many", "both"]}})[0] == ["a/bbo", "b/bbo"]
     assert names == left
     assert f"warning: no writer takes {', '.join(left)}: " in text
     names, _ = untaken({"some": {"out": "data", "connectors": ["many.*", "a", "b"], "feeds": ["tr*", "bbo", "gaps"]}})
@@ -403,6 +404,14 @@ CONN = "[connectors.conn]\nexchange = 'binance_spot'\ntickers = ['BTCUSDT']\n"
         (
             f"{CONN}[writers.w]\nout = 'o'\n[writers.v]\nout = './o'\nfeeds = ['tr*']",
             "writers.v: w puts trades of conn",
+        ),
+        (
+            f"{CONN}[writers.w]\nout = 'o'\nconnectors = ['conn.2']\n[writers.v]\nout = 'o'\nfeeds = ['tr*']\nconnectors = ['conn']",
+            "writers.v: w puts trades of conn",
+        ),
+        (
+            f"{CONN}[writers.w]\nout = 'o'\nconnectors = ['conn.*']\n[writers.v]\nout = 'o'\nfeeds = ['tr*']\nconnectors = ['conn.2']",
+            "writers.v: w puts trades of conn.2",
         ),
         (f"{CONN}[writers.conn]\nout = 'o'", "writers.conn: connectors.conn has this name too"),
         (f"{CONN}[writers.'conn.2']\nout = 'o'", "writers.conn.2: a connector conn calls its connections so"),
