@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from mdcollector.config import connector_of
 from mdcollector.errors import EXIT_CONFIG
 from mdcollector.stats import clock_text
 
@@ -24,6 +25,7 @@ LIMITED = (
 )  # counters of being told to wait: 429, 418 and such
 DISK_FREE_LEAST = 0.05  # share of the disk below which writers will soon stop
 CLOCK_OFFSET_MOST_S = 0.5
+NAMES_SHOWN_MAX = 20
 TABLE_USED_MOST = 0.9  # of a ring's table of instruments: options that expired stay in it
 
 
@@ -48,6 +50,7 @@ KINDS: dict[str, Kind] = {
     "stream_silent": Kind(DEGRADED, 0, "an acknowledged stream does not deliver", "it is subscribed anew by itself; if it lasts, the venue changed"),
     "holes": Kind(DEGRADED, 0, "many holes in trades and other streams", "look at the network and at CPU use; the table gaps has each of them"),
     "resync_storm": Kind(DEGRADED, 0, "books break again and again", "look at the network and at CPU use: each costs a snapshot, and the venue's weight is limited"),
+    "no_connection": Kind(DEGRADED, 60, "a new listing has no connection: none has room for it", "mdcollector up and run open a further one, or say why not; with systemd units run mdcollector units again, systemctl daemon-reload, and start the new connector unit"),
     "leg_dead": Kind(DEGRADED, 30, "an arbiter has lost a leg", "start the leg again: until then nothing fills holes of the other one"),
     "writer_behind": Kind(DEGRADED, 0, "a writer is behind by more than half a ring", "look at disk and CPU: when the ring is full rows are lost"),
     "rows_lost": Kind(DEGRADED, 0, "rows were overwritten before a writer read them", "make the ring larger or give the writer a core of its own"),
@@ -96,6 +99,7 @@ def judge(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> 
         if page.get("state") != "stopped":
             findings += _silent(name, page)
         findings += _writer(name, page, _earlier(before, "writers", name))
+    findings += _homeless(found)
     findings += _supervised(found["supervisor"] or {}, (before["supervisor"] or {}) if before is not None else None)
     return findings
 
@@ -166,6 +170,23 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
             yield Finding("resync_storm", name, f"{resyncs} holes in the sequence of books")
         if (count := _grown(page, before, *(key for key in holes if key not in books))) > HOLES_MANY:
             yield Finding("holes", name, f"{count} holes in trades and other streams")
+
+
+def _homeless(found: Mapping[str, Any]) -> Iterator[Finding]:
+    """Instruments that no connection of a connector carries, while it runs: of one that rests it is not known."""
+    running = {connector_of(name) for name, page in found["connectors"].items() if page["state"] != "stopped"}
+    supervisor = found["supervisor"]
+    for name, tickers in found["homeless"].items():
+        if tickers and name in running:
+            shown = ", ".join(tickers[:NAMES_SHOWN_MAX]) + (", ..." if len(tickers) > NAMES_SHOWN_MAX else "")
+            text = f"{shown}: no connection has room"
+            if supervisor is None or supervisor["age_s"] > PAGE_STALE_S:
+                text += "; run mdcollector units again and start the new unit"
+            elif why := supervisor.get("unopened", {}).get(name):
+                text += f", and no further one is opened: {why}"
+            else:
+                text += "; a further one is opened"
+            yield Finding("no_connection", name, text)
 
 
 def _tables(name: str, page: Page) -> Iterator[Finding]:

@@ -1,21 +1,21 @@
 """The list of instruments while a connector runs: read now and then, page by page, and followed.
 
 Used by `connector.py`. What is newly listed and meant by the configuration is subscribed by the connection that has room
-for it (`assignment.py`); what trades no more is left. A list is used only when all of its pages are there: half a list
-would close what stands in the other half.
+for it (`assignment.py`), or counted where none has; what trades no more is left. A list is used only when all of its pages
+are there: half a list would close what stands in the other half.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from mdcollector.assignment import Assignment
 from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, StorageError
-from mdcollector.exchanges import PAGES_MAX, REASON_CHARS_MAX, Carried, Fetch, InstrumentInfo, Selection, Venue
+from mdcollector.exchanges import PAGES_MAX, REASON_CHARS_MAX, Fetch, InstrumentInfo, Selection, Venue
 
 ROUND_MOST_S = 600.0  # a list that is not complete by then is begun anew
-NOTE = "list of instruments"
+NOTE, NO_ROOM = "list of instruments", "new instruments"
 
 
 class Followed:
@@ -105,44 +105,31 @@ class Listing:
         meant = followed.selection.chosen(listed.values())
         mine = [stream.ticker for stream in venue.streams]
         try:
-            carried = followed.assignment.follow(followed.number, venue.path, meant, dict.fromkeys(mine))
+            carried, homeless = followed.assignment.follow(followed.number, venue.path, meant, dict.fromkeys(mine))
         except (ConfigError, StorageError, OSError) as error:  # what is subscribed goes on
             self._give_up(str(error))
             return
         here = carried[followed.number]
-        if here.path == venue.path:
-            for ticker in sorted(set(here.tickers) & set(meant) - set(mine)):
-                self._take_up(listed[ticker])
-        self._tell_homeless(meant, carried)
+        new = set(here.tickers) & set(meant) - set(mine) if here.path == venue.path else set[str]()
+        no_room = {ticker for ticker in sorted(new) if not self._take_up(listed[ticker])}
+        if count := len(homeless) + len(no_room - self._no_room):
+            self._emit.counters["listing_no_room"] += count
+        self._no_room = no_room
+        venue.notes.pop(NO_ROOM, None)
+        if no_room:
+            names = ", ".join(sorted(no_room))[:REASON_CHARS_MAX]
+            venue.notes[NO_ROOM] = (
+                f"{names}: no room here, as they were planned with another configuration; restart all"
+            )
 
-    def _take_up(self, info: InstrumentInfo) -> None:
+    def _take_up(self, info: InstrumentInfo) -> bool:
+        """Whether there is room for it: a sibling that runs with another configuration may have thought so."""
         venue = self._venue
         streams = self._followed.assignment.streams_of(info.ticker, venue.path)
-        if not venue.fits(venue.streams, streams):  # a sibling that runs with another configuration thought it would
-            self._tell_no_room(info.ticker)
-            return
+        if not venue.fits(venue.streams, streams):
+            return False
         self._mine.add(info.ticker)
         self._emit.counters["instruments_taken"] += 1
         venue.add(streams, connected=self._connected())
         venue.tell(info)
-
-    def _tell_homeless(self, meant: Sequence[str], carried: Sequence[Carried]) -> None:
-        """The last connection of its path speaks of those that none has room for."""
-        venue, followed = self._venue, self._followed
-        peers = [n for n, connection in enumerate(carried) if connection.path == venue.path]
-        housed = {ticker for n in peers for ticker in carried[n].tickers}
-        homeless = {t for t in meant if t not in housed and followed.assignment.streams_of(t, venue.path)}
-        for ticker in self._no_room - homeless:
-            venue.notes.pop(f"{ticker} is new", None)
-        self._no_room &= homeless
-        if followed.number == max(peers, default=followed.number):
-            for ticker in sorted(homeless):
-                self._tell_no_room(ticker)
-
-    def _tell_no_room(self, ticker: str) -> None:
-        if ticker not in self._no_room:
-            self._no_room.add(ticker)
-            self._emit.counters["listing_no_room"] += 1
-            self._venue.notes[f"{ticker} is new"] = (
-                "no room on any connection; start the fleet anew, or make its units anew"
-            )
+        return True

@@ -1,7 +1,7 @@
 """What a fleet file asks of its venues, before anything connects: connections, requests, time until all is in sync.
 
-Used by `mdcollector check`. Limits count per IP address, so they are shared by all connectors whose venues are of one
-family; a plan that no patience makes possible is refused.
+Used by `mdcollector check`, and by a supervisor before it opens a further connection. Limits count per IP address, so they
+are shared by all connectors whose venues are of one family; a plan that no patience makes possible is refused.
 """
 
 import tempfile
@@ -15,10 +15,22 @@ from mdcollector.config import ConnectorConfig
 from mdcollector.connector import WEIGHT_SHARE, feeds_of, venue_options
 from mdcollector.emit import CAPACITIES, Emit
 from mdcollector.errors import ConfigError
-from mdcollector.exchanges import Send, Venue, venue_class
+from mdcollector.exchanges import Send, Stream, Venue, venue_class
 from mdcollector.records import ALWAYS_ON, FEEDS
 from mdcollector.ring import ring_bytes
-from mdcollector.supervisor import Planned
+
+
+class Planned(msgspec.Struct):
+    """One connection of the plan: the process `name` subscribes to `streams`."""
+
+    name: str
+    connector: str
+    tickers: list[str]
+    streams: list[Stream]
+    number: int = 0  # of the connections of its connector
+
+
+Connectors = Mapping[str, tuple[ConnectorConfig, Sequence[Planned]]]  # of a fleet, each with its connections
 
 
 class ConnectorPlan(msgspec.Struct):
@@ -61,27 +73,49 @@ class FleetPlan(msgspec.Struct):
     families: list[FamilyPlan]
 
 
-def plan_fleet(where: str, connectors: Mapping[str, tuple[ConnectorConfig, Sequence[Planned]]]) -> FleetPlan:
+def plan_fleet(where: str, connectors: Connectors) -> FleetPlan:
     """What these connectors, each with its connections, come to. ConfigError: more than a venue allows."""
+    check_limits(where, connectors)
     plans, families = [], dict[str, list[ConnectorPlan]]()
-    venues, keys = dict[type[Venue], list[ConnectorPlan]](), dict[tuple[type[Venue], str], list[ConnectorPlan]]()
     for name, (settings, connections) in connectors.items():
         kind = venue_class(settings.exchange)
         plan = _connector_plan(name, kind, settings, connections)
         plans.append(plan)
         families.setdefault(kind.FAMILY or kind.NAME, []).append(plan)
-        venues.setdefault(kind, []).append(plan)
-        if credentials := venue_options(settings, kind).credentials:
-            keys.setdefault((kind, credentials[kind.CREDENTIALS[0]]), []).append(plan)
-    for (kind, _), members in keys.items():
-        _check_sessions(where, kind, members)
-    for kind, members in venues.items():
-        _check_open(where, kind, members)
     return FleetPlan(
         [connection for _, connections in connectors.values() for connection in connections],
         plans,
-        [_family_plan(where, family, members) for family, members in families.items()],
+        [_family_plan(family, members) for family, members in families.items()],
     )
+
+
+def check_limits(where: str, connectors: Connectors) -> None:
+    """ConfigError: more than the venues allow, however long one waits."""
+    venues, keys = dict[type[Venue], list[str]](), dict[tuple[type[Venue], str], list[str]]()
+    families = dict[str, list[str]]()
+    for name, (settings, _) in connectors.items():
+        kind = venue_class(settings.exchange)
+        venues.setdefault(kind, []).append(name)
+        families.setdefault(kind.FAMILY or kind.NAME, []).append(name)
+        if credentials := venue_options(settings, kind).credentials:
+            keys.setdefault((kind, credentials[kind.CREDENTIALS[0]]), []).append(name)
+
+    def connections(names: Sequence[str]) -> int:
+        return sum(len(connectors[name][1]) for name in names)
+
+    for (kind, _), names in keys.items():
+        _check_sessions(f"{where}: connectors {', '.join(names)}", kind, connections(names))
+    for kind, names in venues.items():
+        _check_open(f"{where}: connectors {', '.join(names)}", kind, connections(names))
+    for family, names in families.items():
+        polled = sum(_polled_per_s(*connectors[name]) for name in names)
+        _check_polled(f"{where}: connectors {', '.join(names)}", family, connectors[names[0]][0], polled)
+
+
+def _polled_per_s(settings: ConnectorConfig, connections: Sequence[Planned]) -> float:
+    kind = venue_class(settings.exchange)
+    options = venue_options(settings, kind)
+    return sum(kind.polled_weight(connection.streams, options) for connection in connections)
 
 
 def _connector_plan(
@@ -99,7 +133,7 @@ def _connector_plan(
         sum(len(connection.streams) for connection in connections),
         sum(messages),
         books * kind.snapshot_weight(options) + lists * limits.instruments_weight,
-        sum(kind.polled_weight(connection.streams, options) for connection in connections),
+        _polled_per_s(settings, connections),
         max(0.0, (max(messages, default=0) - max(1.0, limits.messages_per_s)) / limits.messages_per_s),
         sum(_ring_bytes(settings, connection) for connection in connections),
     )
@@ -122,41 +156,40 @@ def _ring_bytes(settings: ConnectorConfig, connection: Planned) -> int:
     return sum(ring_bytes(FEEDS[feed], sizes[feed]) for feed in feeds)
 
 
-def _names(members: Sequence[ConnectorPlan]) -> str:
-    return ", ".join(member.name for member in members)
-
-
-def _check_sessions(where: str, kind: type[Venue], members: Sequence[ConnectorPlan]) -> None:
-    sessions, allowed = sum(member.connections for member in members), kind.LIMITS.sessions_per_key
+def _check_sessions(who: str, kind: type[Venue], sessions: int) -> None:
+    allowed = kind.LIMITS.sessions_per_key
     if allowed and sessions > allowed:
         raise ConfigError(
-            f"{where}: connectors {_names(members)}: {sessions} connections to {kind.NAME} with the same credentials; it"
+            f"{who}: {sessions} connections to {kind.NAME} with the same credentials; it"
             f" allows {allowed}: take fewer tickers or feeds, or other credentials for some"
         )
 
 
-def _check_open(where: str, kind: type[Venue], members: Sequence[ConnectorPlan]) -> None:
+def _check_open(who: str, kind: type[Venue], sockets: int) -> None:
     """A connection for streams and, by `open_session`, one for requests are open all the time."""
-    sockets, allowed = sum(member.connections for member in members), kind.LIMITS.open_per_ip
+    allowed = kind.LIMITS.open_per_ip
     http = sockets if kind.LIMITS.http_is_open else 0
     if allowed and sockets + http > allowed:
         of = f" ({sockets} WebSocket, {http} HTTP)" if http else ""
         raise ConfigError(
-            f"{where}: connectors {_names(members)}: {sockets + http} connections to {kind.NAME} at the same time{of}; it"
+            f"{who}: {sockets + http} connections to {kind.NAME} at the same time{of}; it"
             f" allows {allowed} to one IP address: take fewer tickers or feeds, or spread them over machines"
         )
 
 
-def _family_plan(where: str, family: str, members: Sequence[ConnectorPlan]) -> FamilyPlan:
-    limits = venue_class(members[0].exchange).LIMITS
-    connections, messages = sum(m.connections for m in members), sum(m.messages for m in members)
-    polled = sum(m.polled_per_s for m in members)
+def _check_polled(who: str, family: str, settings: ConnectorConfig, polled: float) -> None:
+    limits = venue_class(settings.exchange).LIMITS
     most = limits.weight[0] * WEIGHT_SHARE / limits.weight[1]
     if polled > most:
         raise ConfigError(
-            f"{where}: connectors {_names(members)}: {polled:g} requests a second to {family}, which is polled; {most:g} are"
+            f"{who}: {polled:g} requests a second to {family}, which is polled; {most:g} are"
             " allowed from one IP address: take fewer tickers or intervals, or a longer poll_s"
         )
+
+
+def _family_plan(family: str, members: Sequence[ConnectorPlan]) -> FamilyPlan:
+    limits = venue_class(members[0].exchange).LIMITS
+    connections, messages = sum(m.connections for m in members), sum(m.messages for m in members)
     per_ip, per_ip_s = limits.messages_per_ip
     weight = sum(member.weight for member in members)
     return FamilyPlan(

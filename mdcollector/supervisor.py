@@ -24,11 +24,21 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from mdcollector.assignment import PLANS, Assignment, read_plan
 from mdcollector.budget import Budget
 from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, connector_of, takes
 from mdcollector.connector import assignment, feeds_of, rest_hosts, selection, venue_options, weight_budget
-from mdcollector.errors import EXIT_CONFIG, ConfigError, Disconnected, FrameError, RateLimited, RingError
+from mdcollector.errors import (
+    EXIT_CONFIG,
+    ConfigError,
+    Disconnected,
+    FrameError,
+    RateLimited,
+    RingError,
+    StorageError,
+)
 from mdcollector.exchanges import PAGES_MAX, InstrumentInfo, Stream, Venue, venue_class
+from mdcollector.planning import Planned, check_limits
 from mdcollector.records import ALWAYS_ON, DATA_FEEDS, FEEDS, Exchange
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter, read_stats
@@ -42,16 +52,8 @@ STOP_CONNECTOR_S, STOP_ARBITER_S, STOP_WRITER_S = 20.0, 40.0, 60.0
 BEGIN_WRITER_S = 20.0
 WATCH_S = 0.1
 RESOLVE_TIMEOUT_S = 30.0
-
-
-class Planned(msgspec.Struct):
-    """One connection of the plan: the process `name` subscribes to `streams`."""
-
-    name: str
-    connector: str
-    tickers: list[str]
-    streams: list[Stream]
-    number: int = 0  # of the connections of its connector
+HOUSE_EVERY_S = 1.0  # whether an instrument is homeless
+HOUSE_AGAIN_S = 60.0  # after no connection could be opened for it
 
 
 def resolve(where: str, settings: ConnectorConfig, rings: Path, *, visitor: bool = False) -> list[str]:
@@ -133,7 +135,7 @@ def plan(
     where: str, name: str, settings: ConnectorConfig, tickers: Sequence[str], rings: Path,
     *, alone: int | None = None, remember: bool = True,
 ) -> list[Planned]:  # fmt: skip
-    """Connections of one connector; more than one are called NAME.1, NAME.2, ...
+    """Connections of one connector, as they are to begin.
 
     `alone`: only the connection of that number (from 0) is to begin. Without `remember` nothing is written.
     """
@@ -142,11 +144,12 @@ def plan(
         connections = known.plan(tickers, alone) if remember else known.preview(tickers)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return [
-        Planned(f"{name}.{n + 1}" if len(connections) > 1 else name, name, _tickers(streams), streams, n)
-        for n, streams in enumerate(connections)
-        if streams
-    ]
+    return _named(name, known, connections)
+
+
+def _named(name: str, known: Assignment, connections: Sequence[list[Stream]]) -> list[Planned]:
+    names = known.names(len(connections))
+    return [Planned(names[n], name, _tickers(streams), streams, n) for n, streams in enumerate(connections) if streams]
 
 
 def _tickers(streams: Sequence[Stream]) -> list[str]:
@@ -300,7 +303,7 @@ class Supervisor:
     """
 
     def __init__(self, config_path: Path, fleet: FleetConfig, log_args: Sequence[str] = ()) -> None:
-        self.rings, self._config_path = Path(fleet.rings), config_path
+        self.rings, self._config_path, self._fleet = Path(fleet.rings), config_path, fleet
         self._base = [sys.executable, "-m", "mdcollector", *log_args, "--parent", str(os.getpid())]
         for name, arbiter in fleet.arbiters.items():
             merged_exchange(f"{config_path}: arbiters.{name}", arbiter, fleet.connectors)
@@ -311,6 +314,9 @@ class Supervisor:
         self.connectors: list[Child] = []
         self.refused: dict[str, str] = {}  # connectors whose configuration turned out to be wrong behind the start
         self._rows_before: dict[str, int] = {}
+        self._planned: dict[str, list[Planned]] = {}  # connections of each connector that has begun
+        self._unopened: dict[str, str] = {}  # connectors that need a further connection, and why it is not opened
+        self._house_at: dict[str, float] = {}
         self._planning = {
             name: Planning(f"{config_path}: connectors.{name}", settings, self.rings)
             for name, settings in fleet.connectors.items()
@@ -331,12 +337,22 @@ class Supervisor:
                 continue
             del self._planning[name]
             tickers = planning.tickers.result()
-            resolved = self.rings / "_supervisor" / f"{name}.tickers.json"
-            resolved.write_bytes(msgspec.json.encode(tickers))
-            for p in plan(planning.where, name, planning.settings, tickers, self.rings):
-                self._locks.append(self._lock(p.name))
-                self._rows_before[p.name] = self._rows(p.name)
-                self.connectors.append(self._child(p.name, "connector", "connect", "--resolved", str(resolved)))
+            self._take(name, tickers, plan(planning.where, name, planning.settings, tickers, self.rings))
+
+    def _take(self, name: str, tickers: Sequence[str], planned: list[Planned]) -> list[Planned]:
+        """Connections of a connector that do not run yet; each begins with the list of all `tickers`."""
+        self._planned[name] = planned
+        resolved = self.rings / "_supervisor" / f"{name}.tickers.json"
+        new = resolved.with_suffix(".new")  # a running one that dies reads it when it begins anew
+        new.write_bytes(msgspec.json.encode(tickers))
+        new.replace(resolved)
+        running = {child.name for child in self.connectors}
+        begin = [connection for connection in planned if connection.name not in running]
+        for p in begin:
+            self._locks.append(self._lock(p.name))
+            self._rows_before[p.name] = self._rows(p.name)
+            self.connectors.append(self._child(p.name, "connector", "connect", "--resolved", str(resolved)))
+        return begin
 
     def _take_late(self) -> None:
         """The same while the fleet runs: a connector that cannot be harms no other one."""
@@ -347,6 +363,42 @@ class Supervisor:
             except ConfigError as error:
                 log.error("%s", error)
                 self.refused.update(dict.fromkeys(waiting - set(self._planning), str(error)))
+
+    def _open_further(self, now: float) -> None:
+        """A connection for instruments that no running one has room for, as these have noted in the plan."""
+        for name in self._planned:
+            if now < self._house_at.get(name, 0.0):
+                continue
+            self._house_at[name] = now + HOUSE_EVERY_S
+            known = assignment(self.rings, name, self._fleet.connectors[name])
+            homeless = known.remembered().homeless
+            if not homeless:
+                self._unopened.pop(name, None)
+                continue
+            try:
+                self._house(name, known)
+                self._unopened.pop(name, None)
+            except (ConfigError, StorageError, OSError) as error:
+                self._house_at[name] = now + HOUSE_AGAIN_S
+                if self._unopened.get(name) != str(error):
+                    log.error("no connection is opened for %s: %s", ", ".join(homeless), error)
+                self._unopened[name] = str(error)
+
+    def _house(self, name: str, known: Assignment) -> None:
+        connectors = self._fleet.connectors
+
+        def check(connections: list[list[Stream]]) -> None:
+            whole = self._planned | {name: _named(name, known, connections)}
+            check_limits(str(self._config_path), {n: (connectors[n], planned) for n, planned in whole.items()})
+
+        planned = _named(name, known, known.house(check))
+        if not planned:  # they have got a place meanwhile
+            return
+        tickers = list(dict.fromkeys(ticker for connection in planned for ticker in connection.tickers))
+        for connection in self._take(name, tickers, planned):
+            log.info("%s: a further connection is opened, for %s", connection.name, ", ".join(connection.tickers))
+            if self._fleet.writers and (left := untaken(self._fleet, [connection])):
+                log.warning("no writer takes %s: these rows stay in the rings", ", ".join(left))
 
     def _let_writers_begin(self) -> None:
         """A writer that is told to stop while it still loads its libraries would leave all rows behind."""
@@ -408,6 +460,7 @@ class Supervisor:
             while not should_stop() and not self._all_gave_up():
                 self._take_late()
                 now = time.monotonic()
+                self._open_further(now)
                 for child in self.children:
                     child.watch(now)
                 self._publish()
@@ -437,6 +490,7 @@ class Supervisor:
             {
                 "role": "supervisor",
                 "waiting": {name: planning.waits_for for name, planning in self._planning.items()},
+                "unopened": self._unopened,
                 "processes": {
                     child.name: {
                         "role": child.role,
@@ -563,8 +617,14 @@ def _merged(fleet: FleetConfig) -> set[tuple[str, str]]:
 
 
 def status(rings: Path) -> dict[str, Any]:
-    """Everything the stats pages and ring headers say: each kind of process, and what cannot be read."""
+    """Everything that stats pages, ring headers and plans say: each kind of process, and what cannot be read."""
     found: dict[str, Any] = {"connectors": {}, "arbiters": {}, "writers": {}, "supervisor": None, "problems": []}
+    found["homeless"] = {}  # connector -> instruments without a connection
+    for path in sorted((rings / PLANS).glob("*.json")):
+        try:
+            found["homeless"][path.stem] = read_plan(path).homeless
+        except (OSError, ValueError) as error:
+            found["problems"].append(f"{path}: cannot be read: {error}")
     now_ns = time.time_ns()
     for page in sorted(rings.glob("*/stats")) + sorted(rings.glob("_writers/*/stats")):
         try:

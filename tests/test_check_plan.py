@@ -13,8 +13,7 @@ from mdcollector.config import ConnectorConfig
 from mdcollector.errors import ConfigError
 from mdcollector.exchanges import Options, venue_class, venue_names
 from mdcollector.exchanges.binance import BinanceSpot
-from mdcollector.planning import plan_fleet
-from mdcollector.supervisor import Planned
+from mdcollector.planning import Planned, plan_fleet
 from tools.sim.process import SimProcess
 
 MIB = 1 << 20

@@ -230,7 +230,7 @@ class Connection:
     def __init__(self, folder: Path, streams: list[Stream], siblings: tuple[str, ...] = ()) -> None:
         self.emit = Emit(folder, "c", Exchange.BINANCE_SPOT, ["trades"], semaphore=False)
         self.venue = Paged(self.emit, Options(), streams)
-        assignment = Assignment(folder, "c", Paged, ["trades"], Options())
+        self.assignment = assignment = Assignment(folder, "c", Paged, ["trades"], Options())
         assignment.plan([stream.ticker for stream in streams])
         if siblings:
             file = json.loads(assignment.path.read_text())
@@ -349,11 +349,11 @@ def test_without_room_it_is_counted_once_and_told(tmp_path: Path) -> None:
         full.answer(a=body, b=body_of("NEW"))
     assert len(full.tickers) == most
     assert full.emit.counters["listing_no_room"] == 1
-    assert "no room" in full.venue.notes["NEW is new"]
+    assert full.assignment.remembered().homeless == ["NEW"]
     full.answer(a=body_of("NEW", *(f"T{i}" for i in range(1, most))), b=body_of("NEW"))
     assert "T0" not in full.tickers
     assert "NEW" in full.tickers, "a place is free"
-    assert not full.venue.notes
+    assert full.assignment.remembered().homeless == []
     full.emit.close()
 
 

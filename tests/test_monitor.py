@@ -146,7 +146,7 @@ def fleet_of(
 ) -> dict[str, Any]:
     return {
         "connectors": {"c": connector} if connector else {}, "arbiters": {}, "writers": {"w": writer} if writer else {},
-        "supervisor": None, "problems": [], **more,
+        "supervisor": None, "problems": [], "homeless": {}, **more,
     }  # fmt: skip
 
 
@@ -182,10 +182,31 @@ def tables(**used: int) -> dict[str, Any]:
         (fleet_of(page(rings=tables(trades=14_745, instruments=14_745))), []),
         (fleet_of(page(rings=tables(trades=100, instruments=14_746))), ["table_full"]),
         (fleet_of(arbiters={"a": merged(rings=tables(trades=16_384))}), ["table_full"]),
+        (fleet_of(page(), homeless={"c": ["X"], "other": ["Y"]}), ["no_connection"]),
+        (fleet_of(page(state="stopped"), homeless={"c": ["X"]}), []),
+        (fleet_of(page(), homeless={"c": []}), []),
     ],
 )
 def test_what_is_found(found: dict[str, Any], kinds: list[str]) -> None:
     assert [finding.kind for finding in judge(found)] == kinds
+
+
+@pytest.mark.parametrize(
+    ("supervisor", "told"),
+    [
+        (None, "; run mdcollector units again and start the new unit"),
+        (
+            {"age_s": 60.0, "unopened": {"c": "of an earlier life"}},
+            "; run mdcollector units again and start the new unit",
+        ),
+        ({"age_s": 0.1, "unopened": {"d": "not this one"}}, "; a further one is opened"),
+        ({"age_s": 0.1, "unopened": {"c": "one is allowed"}}, ", and no further one is opened: one is allowed"),
+    ],
+)
+def test_who_has_no_connection_is_told_with_what_to_do(supervisor: dict[str, Any] | None, told: str) -> None:
+    (finding,) = judge(fleet_of(page(), supervisor=supervisor, homeless={"c": ["X", "Y"]}))
+    assert finding == Finding("no_connection", "c", f"X, Y: no connection has room{told}")
+    assert "mdcollector units" in KINDS["no_connection"].advice
 
 
 def test_a_table_of_instruments_is_found_before_it_takes_no_more(
