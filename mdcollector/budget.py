@@ -10,6 +10,7 @@ step of the wall clock would end a ban early. A ban that outlasts a restart of t
 import asyncio
 import fcntl
 import functools
+import logging
 import math
 import os
 import struct
@@ -17,11 +18,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 # Which start of the machine; tokens left, time of that count, blocked until (s since then); that again since the epoch.
 _STATE = struct.Struct("<16sdddd")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BLOCK_MOST_S = 4 * 86_400.0  # the longest ban any venue speaks of is three days
 BURST = 0.25  # of what is allowed within a window may go at once; the rest comes evenly while the window lasts
+LOCK_WAIT_S = 0.3  # whoever has the file writes a few numbers; a connector receives nothing meanwhile
+HELD_S = 2.0  # until a file that somebody has is asked for again
 WAIT_MOST_S = 5.0  # one sleep at most: somebody else may block or free the bucket meanwhile
 
 
@@ -41,6 +46,8 @@ class Budget:
         self.path, self.capacity = path, allowed * BURST
         self._per_token_s = per_s / (allowed - self.capacity)
         self._boot = bytes.fromhex(_BOOT_ID.read_text(encoding="ascii").strip().replace("-", ""))
+        self.held = 0  # how often the file could not be had
+        self._held_until = self._ban_until = 0.0  # by the clock of this file
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
 
     def take(self, cost: float, keep: float = 0.0) -> float:
@@ -51,25 +58,42 @@ class Budget:
         cost, now = min(cost, self.capacity), _now()
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not self._locked(fd, now):
+                return max(HELD_S, self._ban_until - now)
             tokens, blocked_until = self._state(fd, now)
+            if self._ban_until > now:
+                tokens, blocked_until = min(tokens, 0.0), max(blocked_until, self._ban_until)
             wait_s = max(blocked_until - now, (cost + keep - tokens) * self._per_token_s)
             if wait_s <= 0:
                 tokens -= cost
             self._store(fd, tokens, now, blocked_until)
+            self._ban_until = 0.0  # the file has it
         finally:
             os.close(fd)
         return max(0.0, wait_s)
 
     def block(self, seconds: float) -> None:
-        """Let nobody take anything for so long."""
-        fd, now = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640), _now()
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            tokens, blocked_until = self._state(fd, now)
-            self._store(fd, min(tokens, 0.0), now, max(blocked_until, now + seconds))
-        finally:
-            os.close(fd)
+        """Let nobody take anything for so long; others learn of it when the file can be had."""
+        self._ban_until = max(self._ban_until, _now() + seconds)
+        self.take(0.0)
+
+    def _locked(self, fd: int, now: float) -> bool:
+        """Whether the file can be had. Somebody who was stopped may keep it: nobody dies of that, or stands still for long."""
+        while now >= self._held_until:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if _now() < now + LOCK_WAIT_S:
+                    time.sleep(0.001)
+                    continue
+                if not self._held_until:
+                    log.error("%s: held by another process for more than %g s; asked for again", self.path, LOCK_WAIT_S)
+                self._held_until = _now() + HELD_S
+                self.held += 1
+            else:
+                self._held_until = 0.0
+                return True
+        return False
 
     async def spend(self, cost: float) -> None:
         """Wait until `cost` tokens could be taken; more than a full bucket holds is taken in parts."""

@@ -167,6 +167,7 @@ class Connector:
         self._messages: Budget | None = None
         if limits.messages_per_ip[0]:
             self._messages = Budget(budgets / f"{family}-messages", *limits.messages_per_ip)
+        self._budgets = [budget for budget in (self._connects, weight, self._messages) if budget is not None]
         self._answering = False  # a polled venue has answered since it was last given up
         followed = Followed(selection(settings), carriers, number)
         self._listing = Listing(self.venue, settings.instruments_s, followed, lambda: self._is_connected)
@@ -643,6 +644,8 @@ class Connector:
     def _publish(self) -> None:
         emit, venue = self.emit, self.venue
         invalid = sorted(t for t, book in venue.books.items() if book.state != "live")
+        if held := sum(budget.held for budget in self._budgets):
+            emit.counters["budget_held"] = held
         shared = Counter(stream.name for stream in venue.streams)  # some topics carry several instruments
         self._stats.publish(
             {

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import fcntl
 import hashlib
+import logging
 import multiprocessing
 import socket
 import struct
@@ -97,6 +99,49 @@ def test_a_block_holds_for_everybody_and_the_longest_counts(tmp_path: Path, cloc
     assert other.take(1) > 0
     clock.now += 0.2
     assert other.take(1) == 0
+
+
+class Stopped:
+    """Somebody who was stopped while he had the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def go_on(self) -> None:
+        self._file.close()
+
+
+def test_a_file_that_somebody_keeps_is_asked_for_again_and_nobody_stands_still(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    budget = Budget(tmp_path / "b", 100, 10)
+    assert budget.take(1) == 0
+    stopped = Stopped(budget.path)
+    with caplog.at_level(logging.ERROR):
+        assert [budget.take(1), budget.take(1)] == [budget_module.HELD_S] * 2
+    assert budget.held == 1, "not at every call"
+    assert "b: held by another process for more than 0.3 s" in caplog.text
+    stopped.go_on()
+    assert asyncio.run(asyncio.wait_for(budget.spend(1), 30)) is None
+    assert budget.held == 1
+
+
+def test_a_ban_that_could_not_be_shared_holds_here_and_is_shared_later(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Budget(tmp_path / "b", 100, 10), Budget(tmp_path / "b", 100, 10)
+    assert other.take(1) == 0
+    monkeypatch.setattr(clock, "sleep", lambda _: setattr(clock, "now", clock.now + 1.0), raising=False)
+    stopped = Stopped(one.path)
+    one.block(30)
+    assert one.take(1) == pytest.approx(29)
+    stopped.go_on()
+    clock.now += 2
+    assert one.take(1) == pytest.approx(27)
+    assert other.take(1) == pytest.approx(27)
+    clock.now += 27.1
+    assert (one.take(1), other.take(1)) == (0, 0)
 
 
 def test_a_visitor_shares_what_is_there(tmp_path: Path, clock: Clock) -> None:
