@@ -551,11 +551,13 @@ def _print_plan(plan: "FleetPlan") -> None:
 
     console = _console()
     table = Table(
-        "connector", "exchange", "connections", "tickers", "streams", "messages", "weight", "rings", title="connectors"
-    )
+        "connector", "exchange", "connections", "tickers", "streams", "messages", "weight", "polled", "rings",
+        title="connectors",
+    )  # fmt: skip
     for c in plan.connectors:
         numbers = (c.connections, c.tickers, c.streams, c.messages, c.weight)
-        table.add_row(c.name, c.exchange, *(f"{number:,}" for number in numbers), f"{c.ring_bytes / 2**20:,.0f} MiB")
+        rest = f"{c.polled_per_s:g}/s" if c.polled_per_s else "", f"{c.ring_bytes / 2**20:,.0f} MiB"
+        table.add_row(c.name, c.exchange, *(f"{number:,}" for number in numbers), *rest)
     console.print(table)
     table = Table(
         "limits of", "connections", "messages", "weight", "connect", "subscribe", "snapshots", "all live within",

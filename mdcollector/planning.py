@@ -178,9 +178,10 @@ def _check_open(who: str, kind: type[Venue], sockets: int) -> None:
 
 
 def _check_polled(who: str, family: str, settings: ConnectorConfig, polled: float) -> None:
-    limits = venue_class(settings.exchange).LIMITS
-    most = limits.weight[0] * WEIGHT_SHARE / limits.weight[1]
-    if polled > most:
+    """Of a venue that is only polled: what is polled beside streams waits while there is no weight for it."""
+    kind = venue_class(settings.exchange)
+    most = kind.LIMITS.weight[0] * WEIGHT_SHARE / kind.LIMITS.weight[1]
+    if polled > most and not kind.WS_URL:
         raise ConfigError(
             f"{who}: {polled:g} requests a second to {family}, which is polled; {most:g} are"
             " allowed from one IP address: take fewer tickers or intervals, or a longer poll_s"

@@ -92,6 +92,22 @@ def test_what_polling_costs_is_planned(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_polled_beside_streams_is_planned_and_can_wait(tmp_path: Path) -> None:
+    """Open interest of Binance: each instrument every 15 s, at most five a second and connection; 40 a second are allowed."""
+
+    def planned(count: int) -> dict[str, Any]:
+        futures = {"exchange": "binance_futures", "tickers": names(count), "feeds": ["tickers"], "instruments_s": 0.0}
+        (found,) = plan(tmp_path, {"a": futures})["connectors"]
+        return dict(found)
+
+    assert planned(30)["polled_per_s"] == pytest.approx(30 / 15)
+    many = planned(1000)
+    assert many["connections"] == 10
+    assert many["polled_per_s"] == pytest.approx(10 * 5), "more than is allowed, so some come later"
+    without = plan(tmp_path, {"a": {"exchange": "binance_futures", "tickers": names(3), "feeds": ["trades"]}})
+    assert without["connectors"][0]["polled_per_s"] == 0
+
+
 def test_the_numbers_are_the_ones_that_the_exchange_sees(tmp_path: Path) -> None:
     """The plan of a fleet of 30 instruments against what the simulated exchange counts until all books are live."""
     from fleet import Fleet, until

@@ -819,6 +819,12 @@ class BinanceFutures(Binance):
         asked = super()._snapshot_levels(options)
         return next((levels for levels, _ in cls.SNAPSHOT_WEIGHTS if asked <= levels), cls.SNAPSHOT_WEIGHTS[-1][0])
 
+    @classmethod
+    def polled_weight(cls, streams: Sequence[Stream], options: Options) -> float:
+        """Of open interest, each request of weight 1."""
+        tickers = sum(kind_of(stream.name) == "ticker" for stream in streams)
+        return min(tickers / OPEN_INTEREST_EVERY_S, OPEN_INTEREST_PER_S)
+
     # Books
 
     def _follows(self, ticker: str) -> FollowRule:
@@ -915,7 +921,7 @@ class BinanceFutures(Binance):
         tickers = [stream.ticker for stream in self.streams if kind_of(stream.name) == "ticker"]
         if not tickers:
             return
-        self._poll_at_ns = now_ns + int(1e9 * max(OPEN_INTEREST_EVERY_S / len(tickers), 1 / OPEN_INTEREST_PER_S))
+        self._poll_at_ns = now_ns + int(1e9 / self.polled_weight(self.streams, self.options))
         ticker = tickers[self._polls % len(tickers)]
         self._polls += 1
         path = f"{self.API}/openInterest?symbol={quote(ticker)}"
