@@ -51,6 +51,7 @@ KINDS: dict[str, Kind] = {
     "holes": Kind(DEGRADED, 0, "many holes in trades and other streams", "look at the network and at CPU use; the table gaps has each of them"),
     "resync_storm": Kind(DEGRADED, 0, "books break again and again", "look at the network and at CPU use: each costs a snapshot, and the venue's weight is limited"),
     "no_connection": Kind(DEGRADED, 60, "a new listing has no connection: none has room for it", "mdcollector up and run open a further one, or say why not; with systemd units run mdcollector units again, systemctl daemon-reload, and start the new connector unit"),
+    "left_behind": Kind(DEGRADED, 0, "a connection is written nowhere, though its siblings are", "the connector has grown: name the new process in the writer's connectors, or as a leg of an arbiter, and start them again"),
     "leg_dead": Kind(DEGRADED, 30, "an arbiter has lost a leg", "start the leg again: until then nothing fills holes of the other one"),
     "writer_behind": Kind(DEGRADED, 0, "a writer is behind by more than half a ring", "look at disk and CPU: when the ring is full rows are lost"),
     "rows_lost": Kind(DEGRADED, 0, "rows were overwritten before a writer read them", "make the ring larger or give the writer a core of its own"),
@@ -260,6 +261,11 @@ def _supervised(page: Page, before: Page | None) -> Iterator[Finding]:
     earlier = (before or {}).get("processes") or {}
     for name, why in (page.get("waiting") or {}).items():
         yield Finding("disconnected", name, f"not begun yet, {why or 'its list of instruments is asked for'}")
+    for name, streams in page.get("left_behind", {}).items():
+        if streams:
+            yield Finding(
+                "left_behind", name, f"no writer takes {', '.join(streams)}: they stay in the rings for a while"
+            )
     for name, process in (page.get("processes") or {}).items():
         if process["gave_up"] and process["last_exit"] == EXIT_CONFIG:
             yield Finding("gave_up", name, "not running, it cannot run as it is configured (see its log)")

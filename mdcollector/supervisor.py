@@ -315,6 +315,7 @@ class Supervisor:
         self.refused: dict[str, str] = {}  # connectors whose configuration turned out to be wrong behind the start
         self._rows_before: dict[str, int] = {}
         self._planned: dict[str, list[Planned]] = {}  # connections of each connector that has begun
+        self._left_behind: dict[str, list[str]] = {}  # by connector, as `left_behind`
         self._unopened: dict[str, str] = {}  # connectors that need a further connection, and why it is not opened
         self._house_at: dict[str, float] = {}
         self._planning = {
@@ -341,7 +342,9 @@ class Supervisor:
 
     def _take(self, name: str, tickers: Sequence[str], planned: list[Planned]) -> list[Planned]:
         """Connections of a connector that do not run yet; each begins with the list of all `tickers`."""
-        self._planned[name] = planned
+        self._planned[name], self._left_behind[name] = planned, left_behind(self._fleet, planned)
+        if self._left_behind[name]:
+            log.warning("no writer takes %s, but it does their siblings", ", ".join(self._left_behind[name]))
         resolved = self.rings / "_supervisor" / f"{name}.tickers.json"
         new = resolved.with_suffix(".new")  # a running one that dies reads it when it begins anew
         new.write_bytes(msgspec.json.encode(tickers))
@@ -397,8 +400,6 @@ class Supervisor:
         tickers = list(dict.fromkeys(ticker for connection in planned for ticker in connection.tickers))
         for connection in self._take(name, tickers, planned):
             log.info("%s: a further connection is opened, for %s", connection.name, ", ".join(connection.tickers))
-            if self._fleet.writers and (left := untaken(self._fleet, [connection])):
-                log.warning("no writer takes %s: these rows stay in the rings", ", ".join(left))
 
     def _let_writers_begin(self) -> None:
         """A writer that is told to stop while it still loads its libraries would leave all rows behind."""
@@ -491,6 +492,7 @@ class Supervisor:
                 "role": "supervisor",
                 "waiting": {name: planning.waits_for for name, planning in self._planning.items()},
                 "unopened": self._unopened,
+                "left_behind": self._left_behind,
                 "processes": {
                     child.name: {
                         "role": child.role,
@@ -584,6 +586,22 @@ def untaken(fleet: FleetConfig, connections: Sequence[Planned]) -> list[str]:
         if (name, feed) not in merged
         and not any(takes(writer.connectors, writer.feeds, name, feed) for writer in fleet.writers.values())
     ]
+
+
+def left_behind(fleet: FleetConfig, connections: Sequence[Planned]) -> list[str]:
+    """Data of a connector's connections that no writer takes, though it goes to one, or to an arbiter, from a sibling.
+
+    A connector that grew beside a writer or an arbiter that names only one of its processes.
+    """
+    all_left, left = set(untaken(fleet, connections)), dict[str, list[str]]()
+    taken = set[str]()
+    for connection in connections:
+        for feed in feeds_of(fleet.connectors[connection.connector], connection.streams):
+            if (stream := f"{connection.name}/{feed}") in all_left:
+                left.setdefault(feed, []).append(stream)
+            else:
+                taken.add(feed)
+    return [stream for feed, streams in left.items() if feed in taken for stream in streams]
 
 
 def undrained(rings: Path, fleet: FleetConfig, processes: Sequence[str]) -> dict[str, int]:

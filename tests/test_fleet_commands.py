@@ -21,10 +21,12 @@ from fleet import TICKERS, Fleet, mdcollector, until
 
 from mdcollector.config import ArbiterConfig, ConnectorConfig, FleetConfig, WriterConfig
 from mdcollector.emit import Emit
+from mdcollector.exchanges import Stream
+from mdcollector.planning import Planned
 from mdcollector.records import Exchange
 from mdcollector.ring import RingReader
 from mdcollector.stats import StatsWriter
-from mdcollector.supervisor import balance, undrained, unread
+from mdcollector.supervisor import balance, left_behind, undrained, unread
 from tools.proof import prove
 from tools.sim.process import SimProcess
 
@@ -207,6 +209,25 @@ def test_rows_that_stay_in_the_rings_are_told_by_connector_and_feed(tmp_path: Pa
     unreadable = {str(tmp_path / "rings" / "conn.1" / "gaps.meta"): "why"}
     page.publish({"role": "writer", "streams": {"both/gaps": {}}, "refused": unreadable})
     assert undrained(tmp_path / "rings", fleet, names) == {}
+
+
+def test_a_connection_that_is_written_nowhere_while_its_siblings_are_is_left_behind() -> None:
+    settings = {name: ConnectorConfig(exchange="deribit", tickers=["X"], feeds=["trades", "bbo"]) for name in "ab"}
+    connections = [
+        Planned(name, "a", ["X"], [Stream(f"{feed} {name}", feed, "X") for feed in ("trades", "bbo")])
+        for name in ("a", "a.2")
+    ]
+
+    def left(connectors: list[str], legs: list[str], feeds: tuple[str, ...] = ("trades", "bbo")) -> list[str]:
+        arbiters = {"both": ArbiterConfig(legs=legs, feeds=list(feeds))} if legs else {}
+        writers = {"w": WriterConfig(out="data", connectors=connectors)}
+        return left_behind(FleetConfig(connectors=settings, arbiters=arbiters, writers=writers), connections)
+
+    assert left(["*"], []) == left(["a"], []) == []
+    assert left(["b"], []) == [], "nobody writes any of it: that is meant"
+    assert left(["both"], ["a", "b"]) == ["a.2/trades", "a.2/bbo"]
+    assert left(["both"], ["a", "b"], ("trades",)) == ["a.2/trades"], "best prices of neither are written"
+    assert left(["a.2"], []) == ["a/trades", "a/bbo"]
 
 
 def test_check_tells_what_no_writer_takes(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def tables(**used: int) -> dict[str, Any]:
         (fleet_of(page(), homeless={"c": ["X"], "other": ["Y"]}), ["no_connection"]),
         (fleet_of(page(state="stopped"), homeless={"c": ["X"]}), []),
         (fleet_of(page(), homeless={"c": []}), []),
+        (fleet_of(supervisor={"age_s": 0.1, "left_behind": {"c": ["c.2/trades"], "d": []}}), ["left_behind"]),
     ],
 )
 def test_what_is_found(found: dict[str, Any], kinds: list[str]) -> None:
