@@ -14,6 +14,7 @@ from bench.micro import ring_directory
 from bench.processes import ROOT, child
 
 STACKS = ("aiohttp+ujson", "aiohttp+ujson+pydantic", "websockets+json")
+BARE = "bare picows+msgspec"  # the shape of the product without what it does: the floor for it on this machine
 CRYPTOFEED = "cryptofeed==2.4.1"
 HOME = ROOT / ".venv-cryptofeed"
 INSTALL_S = 300.0
@@ -70,7 +71,7 @@ def run(count: int, rounds: int) -> list[dict[str, Any]]:
     with ring_directory() as directory, endtoend.certificates(directory) as tls:
         trust = {"SSL_CERT_FILE": tls["ca"], "REQUESTS_CA_BUNDLE": tls["ca"]}
         for _ in range(rounds):
-            turn = [_product("trade", count, None)]
+            turn = [_product("trade", count, None), _peer(sys.executable, BARE, "trade", count, None)]
             turn += [_peer(sys.executable, stack, "trade", max(count // 4, 100), None) for stack in STACKS]
             turn.append(_product("aggtrade", count, tls))
             if python is not None:

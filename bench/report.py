@@ -4,7 +4,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.peers import BARE
+
 Results = dict[str, Any]
+BARE_RATIO = (
+    1.15  # 1.1 us, the target of a trade, to the 0.956 us that the bare shape took on the machine of the targets
+)
 
 
 def _find(results: Results, part: str, **wanted: Any) -> dict[str, Any] | None:
@@ -56,6 +61,10 @@ def targets(results: Results) -> list[dict[str, Any]]:
         most(f"rows lost, {sustained['rate']:,.0f} rows/s sustained beside a collector", "rows", lost, 0)
     if resident := [run["rss_beside_rings_mb"] for run in results.get("end_to_end", [])]:
         most("memory of a connector beside its rings", "MB", max(resident), 60)
+    bare, ours = _find(results, "peers", stack=BARE), _find(results, "peers", stack="mdcollector", kind="trade")
+    if bare and ours:
+        ratio = ours["cpu_ns"] / ours["slowness"] / (bare["cpu_ns"] / bare["slowness"])
+        most(f"CPU of a message, mdcollector / {BARE}", "times", ratio, BARE_RATIO)
     for stack, kind, tls, limit in (("aiohttp+ujson+pydantic", "trade", False, 4), ("cryptofeed", "aggtrade", True, 6)):
         peer = _find(results, "peers", stack=stack)
         ours = _find(results, "peers", stack="mdcollector", kind=kind, tls=tls)

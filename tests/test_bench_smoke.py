@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import frames
+from bench.peers import BARE, STACKS
 
 RUN_S = 110
 
@@ -59,3 +60,13 @@ def test_what_runs_in_processes(repository: Path, tmp_path: Path) -> None:
     assert [row["rows"] for row in found["drain"]][::2] == [4000, 4000]
     assert found["sustained"]["nothing_lost"] is True
     assert found["sustained"]["sent"] == found["sustained"]["stored"] == 10_000
+
+
+def test_other_stacks_on_the_same_frames(repository: Path, tmp_path: Path) -> None:
+    for package in ("orjson", "matplotlib", "ujson", "pydantic", "websockets"):
+        pytest.importorskip(package, reason="the bench extra is not installed")
+    found = bench(repository, tmp_path, "peers")
+    rows = {(row["stack"], row["tls"]): row for row in found["peers"]}
+    assert rows.keys() >= {("mdcollector", False), ("mdcollector", True), *((name, False) for name in (BARE, *STACKS))}
+    assert rows[BARE, False]["messages"] == rows["mdcollector", False]["messages"]
+    assert all(row["cpu_ns"] > 0 < row["messages_per_s"] for row in rows.values())
