@@ -37,7 +37,8 @@ class Listing:
         self._due = self._begun = time.monotonic() if every_s else float("inf")
         self._round = 0
         self._listed: dict[str, InstrumentInfo] = {}
-        self._open: set[str] = set()  # first pages whose last page did not come yet
+        self._open: set[str] = set()  # pages that did not come yet
+        self._pages = 0  # asked for in this round
         self._mine = {stream.ticker for stream in venue.streams}  # also what trades no more: it may come back
         self._no_room: set[str] = set()
 
@@ -48,35 +49,37 @@ class Listing:
             return
         self._due, self._begun = now + self._every_s, now
         self._round += 1
-        paths = self._venue.instruments_paths()
-        self._listed, self._open = {}, set(paths)
-        for path in paths:
-            self._want(self._round, path, path, 1)
+        self._listed, self._pages = {}, 0
+        self._open.clear()
+        for path in self._venue.instruments_paths():
+            self._want(self._round, path)
 
-    def _want(self, number: int, first: str, path: str, page: int) -> None:
+    def _want(self, number: int, path: str) -> None:
+        self._open.add(path)
+        self._pages += 1
         self._venue.wants.append(
             Fetch(
                 f"instruments {number} {path}",
                 path,
                 self._venue.LIMITS.instruments_weight,
-                answer=partial(self._take, number, first, path, page),
+                answer=partial(self._take, number, path),
                 failed=partial(self._failed, number, path),
             )
         )
 
-    def _take(self, number: int, first: str, path: str, page: int, body: bytes) -> None:
-        listed, behind = self._venue.take_instruments(path, body), self._venue.next_page(path, body)
+    def _take(self, number: int, path: str, body: bytes) -> None:
+        listed, behind = self._venue.take_instruments(path, body), self._venue.pages_behind(path, body)
         if number != self._round:
             return
         self._listed |= {info.ticker: info for info in listed}
-        if behind is None:
-            self._open.discard(first)
-            if not self._open:
-                self._follow(self._listed)
-        elif page >= PAGES_MAX:
-            self._give_up(f"{first}: more than {PAGES_MAX} pages")
-        else:
-            self._want(number, first, behind, page + 1)
+        if self._pages + len(behind) > PAGES_MAX:
+            self._give_up(f"{path}: more than {PAGES_MAX} pages")
+            return
+        self._open.discard(path)
+        for page in behind:
+            self._want(number, page)
+        if not self._open:
+            self._follow(self._listed)
 
     def _failed(self, number: int, path: str, status: int, body: bytes) -> None:
         if number == self._round:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -99,15 +100,15 @@ async def _instruments(settings: ConnectorConfig, kind: type[Venue], budget: Bud
 
 async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue], budget: Budget) -> list[InstrumentInfo]:
     listed: list[InstrumentInfo] = []
-    for first in kind.instruments_paths():
-        path: str | None = first
-        for _ in range(PAGES_MAX):
-            if path is None:
-                break
-            page, path = await _page(session, base, path, kind, budget)
-            listed += page
-        else:
-            raise Disconnected(f"{base}{first}: more than {PAGES_MAX} pages of instruments")
+    paths = deque(kind.instruments_paths())
+    for _ in range(PAGES_MAX):
+        if not paths:
+            break
+        page, behind = await _page(session, base, paths.popleft(), kind, budget)
+        listed += page
+        paths += behind
+    else:
+        raise Disconnected(f"{base}{paths[0]}: more than {PAGES_MAX} pages of instruments")
     if not listed:  # half a failure of theirs, and nothing that could be held against a configuration
         raise Disconnected(f"{base}: the list of instruments is empty")
     return listed
@@ -115,15 +116,15 @@ async def _pages(session: aiohttp.ClientSession, base: str, kind: type[Venue], b
 
 async def _page(
     session: aiohttp.ClientSession, base: str, path: str, kind: type[Venue], budget: Budget
-) -> tuple[list[InstrumentInfo], str | None]:
-    """One page and the path of the next; an answer that cannot be read is asked for again, at most HTTP_TRIES times."""
+) -> tuple[list[InstrumentInfo], list[str]]:
+    """One page and the paths that it leads to; an answer that cannot be read is asked for again, at most HTTP_TRIES times."""
     for tries_left in reversed(range(HTTP_TRIES)):
         weight = kind.LIMITS.instruments_weight
         status, body = await get_within(session, base + path, budget, weight, kind.RATE_LIMITED)
         if status >= 400:
             raise Disconnected(f"{base}{path}: HTTP {status}")
         try:
-            return kind.instruments(body), kind.next_page(path, body)
+            return kind.instruments(body), kind.pages_behind(path, body)
         except (msgspec.DecodeError, FrameError) as error:
             if not tries_left:
                 raise Disconnected(f"{base}{path}: an answer that cannot be read: {error}") from error

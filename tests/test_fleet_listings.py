@@ -64,8 +64,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
             sim_tickers = ",".join(f"{ticker}:1" for ticker in listed)
             every_s = {"deribit": 4.0, "okx": 3.0}.get(exchange, 0.5)  # the list costs more there
             feeds = [feed for feed in FEEDS if feed in venue_class(exchange).FEEDS]
-            options = {"instruments_s": every_s, "feeds": feeds, "sim_tickers": sim_tickers, **options}
-            return stack.enter_context(Fleet(tmp_path / exchange, exchange, tickers=[pattern], **options))
+            options = {
+                "tickers": [pattern], "instruments_s": every_s, "feeds": feeds, "sim_tickers": sim_tickers, **options,
+            }  # fmt: skip
+            return stack.enter_context(Fleet(tmp_path / exchange, exchange, **options))
 
         yield make
 
@@ -148,6 +150,38 @@ def test_the_list_is_followed_while_running(exchange: str, start: Start) -> None
     assert first[stays]["tick_size"] > finer["tick_size"]
 
 
+def test_options_of_every_coin_are_found(start: Start) -> None:
+    """Bybit lists options one coin at a time; which coins those are is asked first, also while running."""
+    btc, xrp, hype = "BTC-25DEC26-90000-C-USDT", "XRP-25DEC26-3-C-USDT", "HYPE-25DEC26-40-C-USDT"
+    fleet = start("bybit_option", tickers=["*-C-USDT"], sim_tickers=f"{btc}:1,{xrp}:1").start()
+    until(lambda: has_data(fleet, btc) and has_data(fleet, xrp), lambda: f"both coins; {fleet.brief()}")
+    follow(fleet, "listing", hype, present=True)
+    assert tickers_of(fleet) == {btc, xrp, hype}
+    proof = fleet.finish()
+    assert proof.ok, str(proof)
+
+
+def test_the_coins_that_have_options() -> None:
+    """Pages come of those that have any now; an answer is read by what is in it."""
+    kind = venue_class("bybit_option")
+    rows = [
+        {"baseCoin": coin, "hasSymbol": has, "underlyingType": 0}
+        for coin, has in (("BTC", 1), ("SOON", 0), ("NVDA", 1), ("BTC", 1))
+    ]
+    body = json.dumps({"retCode": 0, "retMsg": "success", "result": {"list": rows}}).encode()
+    (first,) = kind.instruments_paths()
+    assert kind.instruments(body) == []
+    of_coin = "/v5/market/instruments-info?category=option&limit=1000&baseCoin="
+    assert kind.pages_behind(first, body) == [f"{of_coin}BTC", f"{of_coin}NVDA"]
+    listed = {"symbol": "NVDA-25DEC26-200-C-USDT", "status": "Trading", "baseCoin": "NVDA", "quoteCoin": "USDT"}
+    result = {"category": "option", "list": [listed], "nextPageCursor": "a%2Cb"}
+    body = json.dumps({"retCode": 0, "retMsg": "OK", "result": result}).encode()
+    assert [info.ticker for info in kind.instruments(body)] == [listed["symbol"]]
+    assert kind.pages_behind(f"{of_coin}NVDA", body) == [f"{of_coin}NVDA&cursor=a%2Cb"]
+    with pytest.raises(FrameError, match="10001"):
+        kind.pages_behind(first, b'{"retCode":10001,"retMsg":"no","result":{}}')
+
+
 @EVERY_VENUE
 def test_what_is_known_is_not_told_again_after_a_restart(exchange: str, start: Start) -> None:
     fleet = start(exchange).start()
@@ -206,9 +240,8 @@ class Paged(BinanceSpot):
         return [InstrumentInfo(**info) for info in json.loads(body)["listed"]]
 
     @classmethod
-    def next_page(cls, path: str, body: bytes) -> str | None:
-        found: str | None = json.loads(body)["next"]
-        return found
+    def pages_behind(cls, path: str, body: bytes) -> list[str]:
+        return [found] if (found := json.loads(body)["next"]) else []
 
 
 def body_of(*tickers: str, then: str | None = None, active: bool = True) -> bytes:
@@ -314,7 +347,7 @@ def test_a_list_without_end_is_given_up(two: Connection) -> None:
         page.answer(body_of(f"X{asked}", then=f"/a{asked}"))
         page, asked = next(iter(two.wanted().values()), None), asked + 1
         assert asked < 1000
-    assert asked == 101
+    assert asked == 100  # and the other list
     assert two.emit.counters["instruments_refused"] == 1
     assert two.tickers == ["A", "B"]
 

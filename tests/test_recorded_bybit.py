@@ -636,10 +636,11 @@ def test_instruments_body(name: str) -> None:
         said |= {name: None for name in ("listed_time", "expiry_time") if said[name] == -1}
         assert (info.ticker, said) == (i["symbol"], told(i, category))
     cursor = result.get("nextPageCursor")
-    page = kind.next_page(kind.instruments_paths()[0], body)
-    assert page == (f"{kind.instruments_paths()[0]}&cursor={cursor}" if cursor else None)
-    if page:  # the cursor of the last page replaces the one before
-        assert kind.next_page(page, body) == page
+    first = f"/v5/market/instruments-info?category={category}&limit=1000"
+    pages = kind.pages_behind(first, body)
+    assert pages == ([f"{first}&cursor={cursor}"] if cursor else [])
+    for page in pages:  # the cursor of the last page replaces the one before
+        assert kind.pages_behind(page, body) == [page]
 
 
 @pytest.mark.parametrize("name", [name for name in RECENT if name in BODIES])

@@ -557,7 +557,7 @@ def test_list_of_products(name: str, venue: Coinbase) -> None:
             assert info.expiry_time == us(details["contract_expiry"])
         elif p["product_type"] == "SPOT":
             assert (info.kind, info.contract_size, info.expiry_time) == ("spot", 1.0, -1)
-    assert Coinbase.next_page(Coinbase.instruments_paths()[0], body) is None
+    assert Coinbase.pages_behind(Coinbase.instruments_paths()[0], body) == []
     venue.http("https://api.coinbase.com/api/v3/brokerage/market/products", body)
     ring = venue.emit.rings["instruments"]
     rows = ring.recent_rows(0)

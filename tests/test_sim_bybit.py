@@ -366,6 +366,8 @@ def test_instruments_come_in_pages_and_options_by_coin() -> None:
         assert len(seen) == 25
 
     async def ask_options(sim: SimProcess) -> None:
+        _, body = await get(sim, "option-base-coins")
+        assert {row["baseCoin"] for row in body["result"]["list"] if row["hasSymbol"]} == {"BTC", "ETH", "SOL"}
         for coin, query in (("BTC", {}), ("ETH", {"baseCoin": "ETH"}), ("SOL", {"baseCoin": "SOL"})):
             _, body = await get(sim, "instruments-info", category="option", **query)
             assert {row["baseCoin"] for row in body["result"]["list"]} == {coin}

@@ -234,17 +234,17 @@ class Venue(ABC):
     @classmethod
     @abstractmethod
     def instruments_paths(cls) -> tuple[str, ...]:
-        """REST paths (with query) that list the instruments; each may have further pages."""
+        """REST paths (with query) that list the instruments; each may have further pages (`pages_behind`)."""
 
     @classmethod
     @abstractmethod
     def instruments(cls, body: bytes) -> list[InstrumentInfo]:
-        """The instruments in an answer to one of `instruments_paths`, or to a page behind it."""
+        """The instruments in an answer to one of `instruments_paths`, or to a page behind it; some name none."""
 
     @classmethod
-    def next_page(cls, path: str, body: bytes) -> str | None:
-        """REST path of the page behind this answer to `path`; None = it was the last."""
-        return None
+    def pages_behind(cls, path: str, body: bytes) -> list[str]:
+        """REST paths that this answer to `path` leads to: its next page, or the lists that it names; [] = there are none."""
+        return []
 
     @classmethod
     def snapshot_weight(cls, options: Options) -> int:

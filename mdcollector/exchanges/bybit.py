@@ -43,7 +43,7 @@ BANNED_S = 600.0  # HTTP 403 "access too frequent": stop, and wait for at least 
 # the header with the reset time is that of an account); server error; system protection. error page, 2026-07
 _NOT_NOW_S = {10006: 5.0, 10016: 10.0, 10429: 10.0}
 INSTRUMENTS_PER_PAGE = 1000
-OPTION_COINS = ("BTC", "ETH", "SOL")  # options are listed one base coin at a time; other coins [not confirmed]
+OPTION_COINS_PATH = "/v5/market/option-base-coins"  # options are listed one base coin at a time; 2026-09
 OLD_RUN_MAX = 100  # so many old messages in a row: then it is the own sequence that is wrong, and the next one is taken
 _SIDES = {"Buy": BUY, "Sell": SELL}
 _ALREADY = "already subscribed"
@@ -224,6 +224,22 @@ class _Instrument(msgspec.Struct):
     preListingInfo: _Phase | None = None  # noqa: N815 (the venue's name)
 
 
+class _OptionCoin(msgspec.Struct):
+    """{"baseCoin":"BTC","quoteCoin":"USDT","settleCoin":"USDT","optionOnlineTime":1739952000000,"hasSymbol":1,...}"""
+
+    baseCoin: str  # noqa: N815 (the venue's name)
+    hasSymbol: int = 1  # noqa: N815 (the venue's name)
+    symbol: str = ""  # of an instrument, whose list begins alike
+
+
+class _OptionCoinList(msgspec.Struct):
+    list: list[_OptionCoin]
+
+
+class _OptionCoins(msgspec.Struct):
+    result: _OptionCoinList
+
+
 class _InstrumentList(msgspec.Struct):
     list: list[_Instrument]
     category: str = ""
@@ -242,12 +258,8 @@ def _decoder(kind: type[Any]) -> Callable[[bytes], Any]:
 _decode_book, _decode_trades, _decode_ticker = _decoder(Book), _decoder(Trades), msgspec.json.Decoder(Ticker).decode
 _decode_kline, _decode_liquidations = _decoder(Kline), _decoder(Liquidations)
 _decode_envelope, _decode_topics = msgspec.json.Decoder(_Envelope).decode, msgspec.json.Decoder(_Topics).decode
-_decode_status, _decode_time, _decode_rest_trades, _decode_instruments = (
-    _decoder(_Status),
-    _decoder(_Time),
-    _decoder(_RestTrades),
-    _decoder(_Instruments),
-)
+_decode_status, _decode_time, _decode_rest_trades = _decoder(_Status), _decoder(_Time), _decoder(_RestTrades)
+_decode_instruments, _decode_option_coins = _decoder(_Instruments), _decoder(_OptionCoins)
 
 # What two connections word differently in a message that says the same: when the gateway sent it, and its own number.
 _VOLATILE = re.compile(rb'"ts":\d+,?|"id":"[^"]*",?')
@@ -410,12 +422,12 @@ class Bybit(Venue):
         return decode_body(_decode_time, _checked_body(body)).result.timeNano // 1000, 1
 
     @classmethod
-    def next_page(cls, path: str, body: bytes) -> str | None:
+    def pages_behind(cls, path: str, body: bytes) -> list[str]:
         cursor = decode_body(_decode_instruments, body).result.nextPageCursor
         if not cursor:
-            return None
+            return []
         first = path.partition("&cursor=")[0]
-        return f"{first}&cursor={quote(cursor, safe='%')}"  # cursors come ready for a URL
+        return [f"{first}&cursor={quote(cursor, safe='%')}"]  # cursors come ready for a URL
 
     # Connection
 
@@ -826,7 +838,7 @@ class Bybit(Venue):
             trades.recent(rows, trades.doubts)
         elif endpoint == "instruments-info":
             self.take_instruments(url, body)
-        elif endpoint != "time":
+        elif endpoint not in ("time", OPTION_COINS_PATH.rpartition("/")[2]):
             raise FrameError("unhandled_url", url)
 
     def http_failed(self, fetch: Fetch, status: int, body: bytes) -> None:
@@ -885,7 +897,18 @@ class BybitOption(Bybit):
 
     @classmethod
     def instruments_paths(cls) -> tuple[str, ...]:
-        return tuple(f"{path}&baseCoin={coin}" for path in super().instruments_paths() for coin in OPTION_COINS)
+        return (OPTION_COINS_PATH,)
+
+    @classmethod
+    def instruments(cls, body: bytes) -> list[InstrumentInfo]:
+        return super().instruments(body) if _coins_in(body) is None else []
+
+    @classmethod
+    def pages_behind(cls, path: str, body: bytes) -> list[str]:
+        coins = _coins_in(body)
+        if coins is None:
+            return super().pages_behind(path, body)
+        return [f"{first}&baseCoin={quote(coin)}" for first in super().instruments_paths() for coin in coins]
 
     def _on_trades(self, ticker: str) -> Callable[[bytes], None]:
         """The topic carries every option on the base coin `ticker`."""
@@ -916,6 +939,14 @@ class BybitOption(Bybit):
             or ticker in self.trade_ids
             or any(stream.feed == "trades" and stream.ticker == ticker for stream in self.streams)
         )
+
+
+def _coins_in(body: bytes) -> list[str] | None:
+    """Coins that have options now, by the answer that names them; None where it is a list of instruments."""
+    coins = decode_body(_decode_option_coins, _checked_body(body)).result.list
+    if any(coin.symbol for coin in coins):
+        return None
+    return list(dict.fromkeys(coin.baseCoin for coin in coins if coin.hasSymbol))
 
 
 def _rest_rows(ticker: str, body: bytes) -> list[TradeRow]:

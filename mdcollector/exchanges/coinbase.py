@@ -376,9 +376,9 @@ class Coinbase(Venue):
         return [_info(product) for product in decode_body(_decode_products, body).products]
 
     @classmethod
-    def next_page(cls, path: str, body: bytes) -> str | None:
+    def pages_behind(cls, path: str, body: bytes) -> list[str]:
         page = decode_body(_decode_products, body).pagination
-        return f"{_REST}?cursor={quote(page.next_cursor)}" if page and page.has_next and page.next_cursor else None
+        return [f"{_REST}?cursor={quote(page.next_cursor)}"] if page and page.has_next and page.next_cursor else []
 
     # Connection
 

@@ -630,6 +630,8 @@ class _Category(Venue):
         if endpoint == "time":
             second = self.exchange.clock_us() // 1_000_000
             return self._answer(0, "OK", {"timeSecond": str(second), "timeNano": str(self.exchange.clock_us() * 1000)})
+        if endpoint == "option-base-coins" and self.category == "option":
+            return self._option_coins()
         if request.query.get("category") != self.category:
             return self._answer(10001, "params error: Category is invalid", {})
         if endpoint == "instruments-info":
@@ -644,6 +646,17 @@ class _Category(Venue):
         if endpoint == "kline":
             return self._kline_list(name, request.query)
         return Reply("", 404)
+
+    def _option_coins(self) -> Reply:
+        """Coins with options, and one whose options are only announced."""
+        listed = [*(name.instrument for name in self.names.values()), *self.exchange.halted.values()]
+        coins = dict.fromkeys(instrument.base for instrument in listed)
+        rows = [
+            {"baseCoin": coin, "quoteCoin": "USDT", "settleCoin": "USDT", "optionShowName": f"{coin}-Options",
+             "optionOnlineTime": 1739952000000 if coin != "SOON" else 0, "hasSymbol": int(coin != "SOON"), "underlyingType": 0}
+            for coin in (*coins, "SOON")
+        ]  # fmt: skip
+        return self._answer(0, "success", {"list": rows})
 
     def _instruments(self, query: Mapping[str, str]) -> Reply:
         """Pages by cursor; spot has one page only, and options come one base coin at a time."""
@@ -826,7 +839,7 @@ class BybitOption(_Category):
         100,
     )  # fmt: skip
     notes: ClassVar[str] = (
-        "/v5/public/option, GET /v5/market/{time,instruments-info,recent-trade,orderbook}?category=option; orderbook"
+        "/v5/public/option, GET /v5/market/{time,option-base-coins}, /v5/market/{instruments-info,recent-trade,orderbook}?category=option; orderbook"
         " (25, 100), publicTrade by base coin, tickers. Ledger streams: orderbook.25, .100."
     )
 

@@ -127,6 +127,9 @@ class _Bybit(Venue):
         for body in recorded.bodies:
             if body.path == path and [body.query.get(key, "") for key in _IDENTITY] == wanted:
                 return Answer(200, body.raw)
+        if path == _MARKET + "option-base-coins" and self._category == "option":
+            coins = sorted({row["baseCoin"] for row in _instruments(recorded, self._category).values()})
+            return Answer(200, _ok({"list": [{"baseCoin": coin, "hasSymbol": 1} for coin in coins]}))
         if path != _MARKET + "instruments-info" or query.get("category") != self._category or "cursor" in query:
             return None
         listed = list(_instruments(recorded, self._category).values())
@@ -181,7 +184,9 @@ class _Bybit(Venue):
         first = f"{_MARKET}instruments-info?category={self._category}&limit=1000"
         if self._category != "option":
             return [first]
-        return [f"{first}&baseCoin={coin}" for coin in sorted({ticker.split("-")[0] for ticker in tickers})]
+        return [_MARKET + "option-base-coins"] + [
+            f"{first}&baseCoin={coin}" for coin in sorted({ticker.split("-")[0] for ticker in tickers})
+        ]
 
     def snapshot_for(self, stream: str) -> str | None:
         return None
