@@ -214,8 +214,11 @@ class Emit:
         self._fetched: dict[
             str, tuple[int, int]
         ] = {}  # feed -> its newest run of them: first row, and the one behind it
-        self._before_bbo: dict[int, bytes] = {}  # code -> content of the newest row when a connection opened
-        self._before_ticker: dict[int, bytes] = {}
+        # While a subscription may begin with it: code -> content of the newest row when a connection opened, and under
+        # ~code that of the newest since something was asked for again. None = nothing begins.
+        self._before_bbo: dict[int, bytes] | None = None
+        self._before_ticker: dict[int, bytes] | None = None
+        self._asked_again = False
         self._beginning_until = 0.0
         self.parse_ns, self.publish_ns = Histogram(), Histogram()
         self._said_of = self._last_said()
@@ -287,8 +290,21 @@ class Emit:
 
         Such a row is counted (`told_again`) and not published once more.
         """
-        self._before_bbo, self._before_ticker = self._newest(BBO), self._newest(TICKERS)
+        self._before_bbo, self._before_ticker = self._newest(BBO) or None, self._newest(TICKERS) or None
         self._beginning_until = time.monotonic() + BEGINNING_S
+
+    def asked_again(self) -> None:
+        """What brought nothing yet was subscribed once more: the venue may begin it twice, in the same words."""
+        self._before_bbo, self._before_ticker = self._before_bbo or {}, self._before_ticker or {}
+        self._asked_again, self._beginning_until = True, time.monotonic() + BEGINNING_S
+
+    def _is_told_again(self, before: dict[int, bytes], code: int, content: bytes) -> bool:
+        if content == before.get(code) or content == before.get(~code):
+            self.counters["told_again"] += 1
+            return True
+        if self._asked_again:
+            before[~code] = content
+        return False
 
     def _newest(self, feed: Feed) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
@@ -429,10 +445,9 @@ class Emit:
                 raise FrameError("absurd_number", f"bbo bid_qty={bid_qty} ask_qty={ask_qty} timestamp={timestamp}")
             if ring is None:
                 return
-            if self._before_bbo:
+            if self._before_bbo is not None:
                 content = _pack_bbo(timestamp, bid_price, bid_qty, ask_price, ask_qty, update_id)
-                if content == self._before_bbo.get(instrument.bbo):
-                    self.counters["told_again"] += 1
+                if self._is_told_again(self._before_bbo, instrument.bbo, content):
                     return
             word = instrument.bbo_word
             if not timestamp:
@@ -536,11 +551,10 @@ class Emit:
             raise FrameError("absurd_number", f"ticker timestamp={timestamp} next_funding_time={next_funding_time}")
         numbers = [values.pop(c.name, _NAN) if c.ring == "f8" else next_funding_time for c in FEEDS["tickers"].words]
         assert not values, values
-        if self._before_ticker and self._before_ticker.get(instrument.codes["tickers"]) == _pack_ticker(
-            timestamp, *numbers
-        ):
-            self.counters["told_again"] += 1
-            return
+        if self._before_ticker is not None:
+            content = _pack_ticker(timestamp, *numbers)
+            if self._is_told_again(self._before_ticker, instrument.codes["tickers"], content):
+                return
         self._append("tickers", instrument, timestamp, 0, tuple(numbers))
 
     def candle(
@@ -698,7 +712,8 @@ class Emit:
         """
         now = time.time_ns()
         if self._beginning_until and time.monotonic() > self._beginning_until:
-            self._before_bbo, self._before_ticker, self._beginning_until = {}, {}, 0.0
+            self._before_bbo, self._before_ticker = None, None
+            self._asked_again, self._beginning_until = False, 0.0
         for name, ring in self.rings.items():
             ring.seal()
             ring.heartbeat()

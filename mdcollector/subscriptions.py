@@ -41,10 +41,13 @@ class Subscriptions:
         self._ack_ns = int(min(ACKNOWLEDGED_WITHIN_S, silent_s) * 1e9)
         self._newer_ns = int(min(NEWER_BY_S, silent_s) * 1e9)
         self._probing, self._probe_begun_ns, self._next_probe_ns = "", 0, 0
+        self._busy_ns = 0  # when something was still to be sent last: until then no answer can be late
 
     def tick(self) -> None:
         """Look at every stream; called some times a second."""
         now, may_ask = time.time_ns(), self._may_ask()
+        if not may_ask:
+            self._busy_ns = now
         unacknowledged, due = list[str](), list[tuple[int, Stream]]()
         for stream in list(self._venue.streams):
             state = self._venue.proof.get(stream.name)
@@ -55,7 +58,7 @@ class Subscriptions:
             if not may_ask or data_ns > now - self._silent_ns:
                 continue
             if not state.is_acknowledged and data_ns <= state.requested_ns:
-                if now - state.requested_ns > self._ack_ns:
+                if now - max(state.requested_ns, self._busy_ns) > self._ack_ns:
                     unacknowledged.append(stream.name)
             elif state.suspect_ns:
                 if now > state.suspect_ns:
@@ -108,6 +111,7 @@ class Subscriptions:
     def _ask_again(self, names: list[str], now: int) -> None:
         venue = self._venue
         self._emit.counters["stream_unacknowledged"] += len(names)
+        self._emit.asked_again()
         for name in names:
             state = venue.proof[name]
             state.requested_ns, state.asked = now, state.asked + 1

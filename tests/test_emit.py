@@ -146,6 +146,24 @@ def test_what_a_connection_begins_with_is_not_published_twice(tmp_path: Path) ->
     made.emit.close()
 
 
+def test_what_was_asked_for_twice_may_begin_twice(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    instrument = made.emit.instrument("A")
+
+    def tell(time: int) -> None:
+        made.emit.bbo(instrument, time, 1.0, 1.0, 2.0, 1.0)
+        made.emit.ticker(instrument, time, last=1.0)
+
+    made.emit.connection_opened()
+    made.emit.asked_again()
+    for at in (5, 5, 6, 6, 5):
+        tell(at)
+    for feed in ("bbo", "tickers"):
+        assert made.emit.rings[feed].recent_rows(0)["timestamp"].tolist() == [5, 6, 5]
+    assert made.emit.counters["told_again"] == 4
+    made.emit.close()
+
+
 # Each method, bit by bit
 
 

@@ -199,7 +199,8 @@ class Watched:
         monkeypatch.setattr("mdcollector.subscriptions.time", self)
         self.state = self.venue.proof[self.stream.name]
         self.state.requested_ns, self.state.acknowledged_ns = self.time_ns(), self.time_ns() + 1
-        self.watch = Subscriptions(self.venue, 60.0, lambda: True)
+        self.may_ask = True
+        self.watch = Subscriptions(self.venue, 60.0, lambda: self.may_ask)
 
     def time_ns(self) -> int:
         return int(self.now_s * 1e9)
@@ -265,6 +266,15 @@ def test_what_is_very_young_may_still_come(one: Watched) -> None:
     one.pass_s(5)
     assert one.emit.counters["stream_silent"] == 0
     assert not one.state.silent_ns
+
+
+def test_what_was_sent_late_is_not_asked_for_again_before_its_answer_can_come(one: Watched) -> None:
+    one.state.acknowledged_ns, one.may_ask = 0, False
+    assert [want for _ in range(20) for want in one.pass_s(1)] == [], "it still waits to be sent"
+    one.may_ask = True
+    assert one.pass_s(1) == [], "it was sent a moment ago"
+    (want,) = one.pass_s(15)
+    assert json.loads(want.text)["method"] == "SUBSCRIBE"
 
 
 def test_silent_is_left_and_taken_anew_then_the_connection_goes(one: Watched) -> None:
