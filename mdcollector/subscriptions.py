@@ -57,7 +57,7 @@ class Subscriptions:
             self._note_data(stream, state, data_ns)
             if not may_ask or data_ns > now - self._silent_ns:
                 continue
-            if not state.is_acknowledged and data_ns <= state.requested_ns:
+            if not state.is_acknowledged and state.first_data_ns <= state.requested_ns:
                 if now - max(state.requested_ns, self._busy_ns) > self._ack_ns:
                     unacknowledged.append(stream.name)
             elif state.suspect_ns:
@@ -66,7 +66,7 @@ class Subscriptions:
             elif now > max(state.probe_ns, state.requested_ns + self._silent_ns):
                 due.append((state.probe_ns, stream))
         if unacknowledged:
-            self._ask_again(unacknowledged, now)
+            self._ask_again(list(dict.fromkeys(unacknowledged)), now)  # some topics carry several instruments
         if due:
             self._probe(min(due, key=lambda one: one[0])[1], now)
 
@@ -91,9 +91,11 @@ class Subscriptions:
                     trades.want_tail()
 
     def _trades_of(self, stream: Stream) -> list[TradeSync | TradeIds]:
-        """What watches the trades that this stream brings, with a counter or without."""
-        watches = self._venue.trade_watches if stream.feed == "trades" else []
-        return [trades for trades in watches if trades.instrument.ticker == stream.ticker]
+        """What watches the trades that this stream brings, of all instruments of its topic, with a counter or without."""
+        if stream.feed != "trades":
+            return []
+        tickers = {other.ticker for other in self._venue.streams if other.name == stream.name}
+        return [trades for trades in self._venue.trade_watches if trades.instrument.ticker in tickers]
 
     def _tell_hole(self, stream: Stream, state: StreamState) -> None:
         """At once, so that even a crash leaves no silent hole; again while it lasts; and when it ends.

@@ -17,8 +17,9 @@ from fleet import BOOK_STREAMS, TRADE_STREAMS, Fleet, mdcollector, until
 
 from mdcollector.emit import Emit
 from mdcollector.errors import FrameError
-from mdcollector.exchanges import Fetch, Options, Reconnect, Stream
+from mdcollector.exchanges import Fetch, Options, Reconnect, Send, Stream
 from mdcollector.exchanges.binance import BinanceSpot
+from mdcollector.exchanges.bybit import BybitOption
 from mdcollector.exchanges.deribit import Deribit
 from mdcollector.exchanges.okx import Okx
 from mdcollector.records import Exchange
@@ -305,6 +306,36 @@ def test_a_clock_that_is_ahead_makes_nothing_newer(one: Watched) -> None:
     one.answer(fetch, 61 - 100 + 1)
     one.pass_s(4)
     assert one.emit.counters["stream_silent"] == 0
+
+
+def test_a_topic_of_several_instruments_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One topic brings the trades of all options of a coin: five of them ask once, and what is silent misses trades of all."""
+    tickers = [f"BTC-25DEC26-{strike}-C" for strike in range(5)]
+    streams = [s for ticker in tickers for s in BybitOption.streams_of(ticker, ["trades"], Options())]
+    emit = Emit(tmp_path, "c", Exchange.BYBIT_OPTION, ["trades"], semaphore=False)
+    venue, now_ns = BybitOption(emit, Options(), streams), time.time_ns()
+    monkeypatch.setattr("mdcollector.subscriptions.time.time_ns", lambda: now_ns)
+    state = venue.proof["publicTrade.BTC"]
+    state.requested_ns = now_ns
+    watch = Subscriptions(venue, 60.0, lambda: True)
+    for times in range(1, 4):
+        now_ns += 16_000_000_000
+        watch.tick()
+        (want,) = venue.wants
+        venue.wants.clear()
+        assert isinstance(want, Send)
+        assert json.loads(want.text)["args"] == ["publicTrade.BTC"]
+        assert emit.counters["stream_unacknowledged"] == state.asked == times
+
+    state.acknowledged_ns = now_ns + 1
+    for ticker in tickers:
+        venue.trades_by_id(ticker).publish([(-1, now_ns // 1000, 1, 1.0, 1.0, ticker.encode())])
+    state.suspected_at_ns, state.suspect_ns = now_ns, now_ns + 1
+    now_ns += 61_000_000_000
+    watch.tick()
+    assert emit.counters["stream_silent"] == 1
+    assert all(venue.trades_by_id(ticker).unproven for ticker in tickers)
+    emit.close()
 
 
 def test_an_answer_that_makes_no_sense_is_refused_and_one_that_is_refused_is_counted(one: Watched) -> None:
