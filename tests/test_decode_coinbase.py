@@ -484,6 +484,29 @@ def test_a_candle_is_not_closed_as_it_was_before_a_version_that_could_not_be_rea
     assert line.gaps() == [("candles", ticker, "resync") for ticker in TICKERS]
 
 
+def test_a_ticker_message_that_could_not_be_read_is_a_hole(line: Line) -> None:
+    """Its products are not known by its head alone; it is lost when the next number comes and not its own once more."""
+    line.live()
+    ticker = {"product_id": "AA-USD", "price": "10"}
+    assert line.take("ticker", {"tickers": [ticker]}) == ""
+    heard_us = line.now_ns // 1000
+    assert line.take("ticker", {"tickers": [ticker | {"price": {}}]})
+    assert line.gaps() == []
+    assert line.take("ticker", {"tickers": [ticker]}) == ""
+    assert line.gaps() == [("tickers", "*", "refused")]
+    (row,) = line.rows("gaps")
+    assert (row["from_time"], row["to_time"]) == (heard_us, line.now_ns // 1000)
+
+
+def test_a_message_whose_channel_cannot_be_read_may_be_of_any(line: Line) -> None:
+    line.live()
+    assert line.raw(b'{"chan":"l2_data","sequence_num":%d,"events":{}}' % line.number)
+    line.number += 1
+    assert line.take("heartbeats", {"heartbeat_counter": 1}) == ""
+    assert line.states() == dict.fromkeys(TICKERS, "broken")
+    assert ("tickers", "*", "refused") in line.gaps()
+
+
 # Times
 
 

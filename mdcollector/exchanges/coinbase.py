@@ -537,13 +537,20 @@ class Coinbase(Venue):
         self._doubt_candles()
 
     def _lose_part(self, head: bytes) -> None:
-        """A message is lost whose begin is known: if it was of a book, that one is doubtful, if of candles, all of them."""
-        channel = _CHANNEL.search(head, 0, HEAD_BYTES)
-        if channel is not None and channel[1] == b"l2_data":
+        """A message is lost whose begin is known: if it was of a book, that one is doubtful, if of candles or tickers, all
+        of them. What trades it had the next one tells.
+        """
+        found = _CHANNEL.search(head, 0, HEAD_BYTES)
+        channel = found[1] if found else b""
+        if not channel:
+            self._lose("refused")
+        elif channel == b"l2_data":
             self._lose_book_of(head)
-        elif channel is not None and channel[1] == b"candles":
+        elif channel == b"candles":
             self._lose_candles()
             self._again.update({stream.name: 0 for stream in self.streams if stream.feed == "candles"})
+        elif channel == b"ticker" and "tickers" in self.emit.rings:
+            self.emit.gap("tickers", "*", from_time=self._heard_us, cause="refused")
 
     def _lose_book_of(self, head: bytes) -> None:
         named = _PRODUCT.search(head)
