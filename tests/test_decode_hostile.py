@@ -410,6 +410,30 @@ SHAPES: dict[str, bytes] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("rate", "next_ms"), [("", 0), (None, 0), ("0.00010000", 0), ("", MS + 1), ("-0.0001", MS + 1)]
+)
+def test_a_mark_price_without_a_funding_rate_is_a_row(rate: str | None, next_ms: int, probe: Any) -> None:
+    """Futures with delivery have none, which the venue writes as an empty text."""
+    one = probe("binance_futures", "ABUSD_261225")
+    data = {
+        "e": "markPriceUpdate",
+        "E": MS,
+        "s": "ABUSD_261225",
+        "p": "10.5",
+        "P": "10.6",
+        "i": "10.4",
+        "r": rate,
+        "T": next_ms,
+    }
+    assert one.feed(binance("abusd_261225@markPrice@1s", **data))
+    (row,) = one.rows("tickers")
+    assert (row["mark_price"], row["index_price"], row["timestamp"]) == (10.5, 10.4, MS * 1000)
+    expected = float(rate) if rate and next_ms else float("nan")
+    np.testing.assert_equal(row["funding_rate"], expected)
+    assert row["next_funding_time"] == (next_ms * 1000 or -1)
+
+
 @pytest.mark.parametrize("venue", ["binance_spot", "binance_futures", "deribit"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_awkward_shapes_are_refused(venue: str, shape: str, probe: Any) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
 import msgspec
@@ -133,12 +133,12 @@ class Ticker24h(msgspec.Struct, gc=False):
 
 class MarkPrice(msgspec.Struct, gc=False):
     """{"e":"markPriceUpdate","E":..,"s":"BTCUSDT","p":"83003.1","ap":"83003.1","P":"83198.8","i":"83045.6","r":"-0.00001012",
-    "T":1790784000000,"st":1}; of a future with delivery `T` is 0 and `r` says nothing."""
+    "T":1790784000000,"st":1}; of a future with delivery `T` is 0, and `r` is "", or a number that says nothing."""
 
     E: Time
     p: Quantity
     i: Quantity
-    r: float = math.nan
+    r: float | Literal[""] | None = None
     T: Time = 0
 
 
@@ -554,7 +554,7 @@ class Binance(Venue):
 
         def on_mark_price(frame: bytes) -> None:
             m = _decode_mark_price(frame).data
-            funding = {"funding_rate": m.r} if m.T and m.r == m.r else {}
+            funding = {"funding_rate": m.r} if m.T and isinstance(m.r, float) else {}
             self.emit.ticker(
                 instrument, _us(m.E), mark_price=m.p, index_price=m.i, next_funding_time=_us(m.T) if m.T else -1,
                 **funding,
