@@ -18,6 +18,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -43,6 +44,7 @@ FETCHES_WAITING_MAX = 20_000
 BUDGET_WAIT_MOST_S = 5.0  # of who can do without the answer
 RESERVE = 0.5  # of the weight that may go at once: kept from requests that can wait
 RETRY_AFTER_DEFAULT_S = 60.0  # a 429 or 418 without Retry-After
+LIMIT_OVER_MOST_S = 600.0  # a time further ahead, at which a limit is to be over, is that of another clock than ours
 
 Decode = Callable[[bytes], None]
 
@@ -213,13 +215,34 @@ def tls_context(ca_file: Path | None) -> ssl.SSLContext:
     return context
 
 
+class Answer(NamedTuple):
+    """What a URL answered."""
+
+    status: int
+    body: bytes
+    limit_over_s: float  # until a limit that the body may speak of is over; 0 = the venue does not say
+
+
+def _limit_over_s(value: str | None) -> float:
+    """Seconds until a time in ms since the epoch; 0 where that tells nothing of sense."""
+    try:
+        seconds = int(value or "") / 1000 - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return seconds if 0 < seconds <= LIMIT_OVER_MOST_S else 0.0
+
+
 async def get(
-    session: aiohttp.ClientSession, url: str, rate_limited: Mapping[int, float] | None = None, tries: int = HTTP_TRIES
-) -> tuple[int, bytes]:
+    session: aiohttp.ClientSession,
+    url: str,
+    rate_limited: Mapping[int, float] | None = None,
+    tries: int = HTTP_TRIES,
+    limit_over_header: str = "",
+) -> Answer:
     """GET with retries of what is no answer (connection errors, timeouts, also those of the backend (408), 5xx).
 
     RateLimited for 429, 418 and the statuses of `rate_limited`, with the wait that belongs to each (`RATE_LIMITED` of
-    a venue).
+    a venue), or a longer one that the header names (`LIMIT_OVER_HEADER`).
     """
     waits_s = _waits_s(rate_limited)
     async for attempt in tenacity.AsyncRetrying(
@@ -230,15 +253,17 @@ async def get(
     ):
         with attempt:
             async with session.get(url) as response:
+                over_s = _limit_over_s(response.headers.get(limit_over_header)) if limit_over_header else 0.0
                 if response.status in waits_s:
-                    wait_s = _retry_after(response.headers.get("Retry-After"), waits_s[response.status])
+                    default_s = max(waits_s[response.status], over_s)
+                    wait_s = _retry_after(response.headers.get("Retry-After"), default_s)
                     raise RateLimited(wait_s, f"{url}: HTTP {response.status}")
                 body = await response.content.read(HTTP_BODY_BYTES_MAX)
                 while not response.content.at_eof() and len(body) < HTTP_BODY_BYTES_MAX:
                     body += await response.content.read(HTTP_BODY_BYTES_MAX - len(body))
                 if response.status >= 500 or response.status == HTTPStatus.REQUEST_TIMEOUT:
                     raise Disconnected(f"{url}: HTTP {response.status}")
-                return response.status, body
+                return Answer(response.status, body, over_s)
     raise AssertionError("tenacity returns or raises")
 
 
@@ -251,7 +276,7 @@ async def get_within(
             raise RateLimited(wait_s, f"{url}: not asked: blocked for another {wait_s:.0f} s")
         await asyncio.sleep(wait_s)
     try:
-        return await get(session, url, rate_limited)
+        return (await get(session, url, rate_limited))[:2]
     except RateLimited as error:
         budget.block(error.retry_after_s)
         raise
@@ -355,11 +380,11 @@ class Fetcher:
             else:
                 return fetch
 
-    def _hold(self, error: RateLimited) -> None:
+    def _hold(self, seconds: float) -> None:
         """No connector of this machine asks before the time that the venue gave."""
         self._emit.counters["http_rate_limited"] += 1
-        self.blocked_until_ns = time.time_ns() + int(error.retry_after_s * 1e9)
-        self._budget.block(error.retry_after_s)
+        self.blocked_until_ns = time.time_ns() + int(seconds * 1e9)
+        self._budget.block(seconds)
 
     async def _one(self, session: aiohttp.ClientSession, fetch: Fetch) -> Callable[[], bool] | None:
         """What to do with the answer, once the request no longer counts as waiting: False = ask again; None = no answer."""
@@ -367,9 +392,11 @@ class Fetcher:
         emit.counters["http_requests"] += 1
         began_ns = emit.clock()
         try:
-            status, body = await get(session, url, self._venue.RATE_LIMITED, self._tries)
+            status, body, limit_over_s = await get(
+                session, url, self._venue.RATE_LIMITED, self._tries, self._venue.LIMIT_OVER_HEADER
+            )
         except RateLimited as error:
-            self._hold(error)
+            self._hold(error.retry_after_s)
             return None
         except (aiohttp.ClientError, TimeoutError, Disconnected) as error:
             emit.counters["http_failed"] += 1
@@ -395,7 +422,7 @@ class Fetcher:
                     else:
                         self._venue.http(url, body)
             except RateLimited as error:  # some venues say so in the body of an answer
-                self._hold(error)
+                self._hold(max(limit_over_s, error.retry_after_s))
                 return False
             except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 emit.refused_error(error, body)

@@ -83,9 +83,9 @@ def test_polls_leave_request_weight_for_books(tmp_path: Path, monkeypatch: pytes
     now, asked = [1000.0], list[tuple[str, float]]()  # URL and when
     monkeypatch.setattr(budget, "_now", lambda: now[0])
 
-    async def answer(_session: object, url: str, *_: object) -> tuple[int, bytes]:
+    async def answer(_session: object, url: str, *_: object) -> transport.Answer:
         asked.append((url, now[0]))
-        return 400, b""
+        return transport.Answer(400, b"", 0.0)
 
     monkeypatch.setattr(transport, "get", answer)
     kind = BinanceFutures

@@ -2,14 +2,34 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from mdcollector.budget import BLOCK_MOST_S
+from mdcollector.budget import BLOCK_MOST_S, Budget
+from mdcollector.emit import Emit
 from mdcollector.errors import Disconnected, RateLimited
-from mdcollector.transport import RETRY_AFTER_DEFAULT_S, get, open_session
+from mdcollector.exchanges import Fetch, Options
+from mdcollector.exchanges.bybit import BybitLinear
+from mdcollector.transport import RETRY_AFTER_DEFAULT_S, Fetcher, get, open_session
+
+
+@asynccontextmanager
+async def serving(answer: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The address of a server that answers everything so."""
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 def waited(status: int, retry_after: str | None, rate_limited: dict[int, float] | None = None) -> float:
@@ -27,18 +47,9 @@ def raised_by(status: int, headers: dict[str, str], rate_limited: dict[int, floa
         async def answer(_: web.Request) -> web.Response:
             return web.Response(status=status, headers=headers)
 
-        app = web.Application()
-        app.router.add_get("/", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        try:
-            async with open_session(None) as session:
-                with pytest.raises((RateLimited, Disconnected)) as raised:
-                    await get(session, f"http://127.0.0.1:{runner.addresses[0][1]}/", rate_limited, tries=1)
-        finally:
-            await runner.cleanup()
+        async with serving(answer) as base, open_session(None) as session:
+            with pytest.raises((RateLimited, Disconnected)) as raised:
+                await get(session, base, rate_limited, tries=1)
         return raised.value
 
     return asyncio.run(ask())
@@ -70,6 +81,49 @@ def test_a_date_is_waited_for_too() -> None:
 
 def test_a_status_that_a_venue_has_for_it() -> None:
     assert waited(403, None, {403: 600.0}) == 600.0
+
+
+@pytest.mark.parametrize(
+    ("status", "ahead_s", "least_s", "most_s"),
+    [
+        (200, 300, 285, 300),  # retCode 10006 in the body
+        (200, 0, 0, 5),  # what the header says in an answer when no limit was hit
+        (200, 86_400, 0, 5),  # of another clock
+        (200, None, 0, 5),
+        (403, 300, 585, 600),  # the documents say so
+        (403, 86_400, 585, 600),
+    ],
+)
+def test_bybit_tells_when_a_limit_is_over(
+    status: int, ahead_s: int | None, least_s: float, most_s: float, tmp_path: Path
+) -> None:
+    """What the header tells is waited for, where it is longer than what is waited anyway."""
+    reset = "soon" if ahead_s is None else str(int((time.time() + ahead_s) * 1000))
+
+    async def answer(_: web.Request) -> web.Response:
+        body = '{"retCode":10006,"retMsg":"Too many visits!","result":{}}'
+        return web.Response(status=status, text=body, headers={"X-Bapi-Limit-Reset-Timestamp": reset})
+
+    async def asked(fetcher: Fetcher) -> None:
+        held = asyncio.Event()
+        task = asyncio.create_task(fetcher.run(held.set, lambda: None))
+        await held.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def run() -> None:
+        async with serving(answer) as base:
+            fetcher = Fetcher(emit, venue, [base], Budget(tmp_path / "b", 600, 5), None)
+            fetcher.want(Fetch("trades AUSDT", "/v5/market/recent-trade?category=linear&symbol=AUSDT", 1))
+            await asked(fetcher)
+            waited_s = (fetcher.blocked_until_ns - time.time_ns()) / 1e9
+            assert least_s < waited_s <= most_s
+            assert emit.counters["http_rate_limited"] == 1
+
+    emit = Emit(tmp_path, "t", BybitLinear.EXCHANGE, ["trades"], semaphore=False)
+    venue = BybitLinear(emit, Options(), BybitLinear.streams_of("AUSDT", ["trades"], Options()))
+    asyncio.run(run())
+    emit.close()
 
 
 @pytest.mark.parametrize("status", [408, 500, 504])

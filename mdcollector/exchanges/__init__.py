@@ -196,6 +196,8 @@ class Venue(ABC):
     KNOWN_FIELDS: ClassVar[frozenset[str]] = frozenset()
     # HTTP statuses that mean "slow down", beside 429 and 418: wait in s.
     RATE_LIMITED: ClassVar[Mapping[int, float]] = {}
+    # Header of an answer that tells, in ms since the epoch, when a limit that was hit is over; "" = the venue has none.
+    LIMIT_OVER_HEADER: ClassVar[str] = ""
     TIME_PATH: ClassVar[str] = ""  # REST path that tells the venue's time; "" = it has none
     OVERLAPS: ClassVar[bool] = True  # two connections can deliver at once; else one ends before the next begins
     CREDENTIALS: ClassVar[tuple[str, ...]] = ()  # names of what a credentials file or the environment may give

@@ -327,6 +327,7 @@ class Bybit(Venue):
     TIME_PATH = "/v5/market/time"
     PREFIX = b'{"topic":"'
     RATE_LIMITED: ClassVar[Mapping[int, float]] = {403: BANNED_S}
+    LIMIT_OVER_HEADER = "X-Bapi-Limit-Reset-Timestamp"  # rate-limit page, 2026-07; the time of now where none was hit
     LIMITS = Limits(
         streams_per_connection=400,  # the venue counts characters (`fits`); 400 keep one core's bursts short
         messages_per_s=10,  # own choice, the documents name none
