@@ -72,7 +72,7 @@ class Leg(WSListener):
         self.wanted: Reconnect | None = None  # another connection in its place
         self._emit, self._on_packet = emit, on_packet
         self._fresh = True
-        self._fragments: list[bytes] = []
+        self._fragments = bytearray()
         self._clock, self._time_ns = emit.clock, time.time_ns
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -120,13 +120,13 @@ class Leg(WSListener):
 
     def _fragment(self, frame: WSFrame, payload: bytes) -> None:
         if frame.msg_type != WSMsgType.CONTINUATION:
-            self._fragments = []
-        self._fragments.append(payload)
-        if sum(map(len, self._fragments)) > FRAME_BYTES_MAX:
-            self._fragments = []
+            self._fragments = bytearray()
+        self._fragments += payload
+        if len(self._fragments) > FRAME_BYTES_MAX:
+            self._fragments = bytearray()
             raise Disconnected(f"a message in fragments is longer than {FRAME_BYTES_MAX} bytes")
         if frame.fin:
-            message, self._fragments = b"".join(self._fragments), []
+            message, self._fragments = bytes(self._fragments), bytearray()
             try:
                 if not message.isascii():
                     message.decode()
@@ -198,7 +198,7 @@ def _retry_after(value: str | None, default_s: float) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(str(value)).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             seconds = default_s
     return min(max(1.0, seconds), BLOCK_MOST_S) if math.isfinite(seconds) else default_s
 
@@ -398,7 +398,12 @@ class Fetcher:
         except RateLimited as error:
             self._hold(error.retry_after_s)
             return None
-        except (aiohttp.ClientError, TimeoutError, Disconnected) as error:
+        except (
+            aiohttp.ClientError,
+            TimeoutError,
+            UnicodeError,
+            Disconnected,
+        ) as error:  # led on to a name that is none
             emit.counters["http_failed"] += 1
             self.failures += 1
             self.last_failure = emit.samples["http_failed"] = f"{url}: {type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -392,6 +393,23 @@ def test_fragments_are_one_message_wherever_they_are_cut(cuts: list[int], ping: 
         assert bids(emit) == [6.0, 7.0, 8.0]
         assert not any(emit.counters.values())
         emit.close()
+
+
+def test_a_message_in_very_many_fragments(tmp_path: Path) -> None:
+    """It costs the memory of what it says, not of its pieces."""
+    first, rest = quote(7)[:-1], quote(7)[-1:]
+    between = frame(b"  ", CONTINUATION, 0) * 20_000
+    wire = frame(quote(6)) + frame(first, TEXT, 0) + between + frame(rest, CONTINUATION) + frame(quote(8))
+    tracemalloc.start()
+    try:
+        emit = received(tmp_path, wire)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert bids(emit) == [6.0, 7.0, 8.0]
+    assert not any(emit.counters.values())
+    assert most < 500_000
+    emit.close()
 
 
 @pytest.mark.parametrize(

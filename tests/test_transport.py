@@ -68,6 +68,7 @@ def raised_by(status: int, headers: dict[str, str], rate_limited: dict[int, floa
         ("1e999", RETRY_AFTER_DEFAULT_S),  # infinite
         ("99999999999999", BLOCK_MOST_S),  # more than any ban lasts
         (formatdate(0, usegmt=True), 1.0),  # is over
+        ("Wed, 21 Oct 99999999999 07:28:00 GMT", RETRY_AFTER_DEFAULT_S),
     ],
 )
 def test_how_long_a_429_is_waited_for(value: str | None, seconds: float) -> None:
@@ -122,6 +123,27 @@ def test_bybit_tells_when_a_limit_is_over(
 
     emit = Emit(tmp_path, "t", BybitLinear.EXCHANGE, ["trades"], semaphore=False)
     venue = BybitLinear(emit, Options(), BybitLinear.streams_of("AUSDT", ["trades"], Options()))
+    asyncio.run(run())
+    emit.close()
+
+
+def test_an_answer_that_leads_on_to_no_host_is_a_failure_like_any_other(tmp_path: Path) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": f"http://{'a' * 300}/"})
+
+    async def run() -> None:
+        async with serving(answer) as base:
+            fetcher = Fetcher(emit, venue, [base], Budget(tmp_path / "b", 600, 5), None, tries=1)
+            fetcher.want(Fetch("k", "/", 1))
+            failed = asyncio.Event()
+            task = asyncio.create_task(fetcher.run(failed.set, lambda: None))
+            await asyncio.wait([task, asyncio.create_task(failed.wait())], return_when="FIRST_COMPLETED")
+            assert not task.done()
+            task.cancel()
+            assert emit.counters["http_failed"] == 1
+
+    emit = Emit(tmp_path, "t", BybitLinear.EXCHANGE, ["trades"], semaphore=False)
+    venue = BybitLinear(emit, Options(), [])
     asyncio.run(run())
     emit.close()
 
