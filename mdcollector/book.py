@@ -80,7 +80,10 @@ class OrderBook:
         return nlargest(n, self.bids.items()), nsmallest(n, self.asks.items())
 
     def invalidate(self) -> None:
-        """Rows were lost on the way (a reader was lapped): not valid until the next snapshot has begun."""
+        """Rows were lost on the way (a reader was lapped): not valid until the next snapshot has begun.
+
+        What comes up to the first LAST behind them may be the end of a message: leave it out, as `OrderBooks` does.
+        """
         self._has_snapshot = self._in_snapshot = False
 
     def apply(self, rows: Rows | Iterable[Mapping[str, Any]]) -> None:
@@ -148,12 +151,14 @@ class OrderBooks(Mapping[str, OrderBook]):
     ...         print(ticker, books[ticker].best_bid, books[ticker].best_ask)
 
     Give it every row of the ring: it sees by `seq_id` when rows were lost, and then no book is valid until its next
-    snapshot, because nobody knows whose rows they were. `rows_lost` counts them.
+    snapshot, because nobody knows whose rows they were. `rows_lost` counts them. What comes behind a hole up to the first
+    LAST may be the end of a message, so it is left out; begin a ring at its newest row, or at row 0, for the same reason.
     """
 
     def __init__(self) -> None:
         self.rows_lost = 0
         self._next_seq: int | None = None
+        self._is_cut = False  # the next row may be of a message whose begin is lost
         self._books: dict[str, OrderBook] = {}
 
     def __getitem__(self, ticker: str) -> OrderBook:
@@ -180,9 +185,18 @@ class OrderBooks(Mapping[str, OrderBook]):
                 self.rows_lost += max(0, int(steps[start]) - 1)
                 for book in self._books.values():
                     book.invalidate()
-            self._apply_run(rows[start:stop], tickers, touched)
+                self._is_cut = True
+            self._apply_run(self._whole(rows[start:stop]), tickers, touched)
         self._next_seq = int(sequence[-1]) + 1
         return list(touched)
+
+    def _whole(self, rows: Rows) -> Rows:
+        """These rows without the end of a message whose begin is lost: that of a snapshot would look like a whole one."""
+        if self._is_cut:
+            ends = np.flatnonzero(rows["flags"] & _LAST)
+            self._is_cut = not len(ends)
+            return rows[ends[0] + 1 :] if len(ends) else rows[:0]
+        return rows
 
     def _apply_run(self, rows: Rows, tickers: Sequence[str], touched: dict[str, None]) -> None:
         codes = rows["ticker"]

@@ -196,3 +196,19 @@ def test_lost_rows_make_every_book_invalid_until_its_next_snapshot(same_batch: b
     assert books.rows_lost == 3
     assert not books["BTC"].is_valid
     assert books["ETH"].is_valid
+
+
+@pytest.mark.parametrize("seen", [0, 2], ids=["its begin is lost", "its middle is lost"])
+@pytest.mark.parametrize("same_batch", [True, False], ids=["inside a batch", "between batches"])
+def test_what_is_left_of_a_snapshot_behind_a_hole_is_no_snapshot(seen: int, same_batch: bool) -> None:
+    """A reader that was lapped inside a large one finds its end: half a book, of which nobody may believe it is whole."""
+    books, tickers = OrderBooks(), ["BTC", "ETH"]
+    lost, other = snapshot(first_seq=4), snapshot(first_seq=8, ticker=1)
+    parts = [snapshot(), lost[:seen], lost[3 - (seen == 0) :], other]
+    for rows in [np.concatenate(parts)] if same_batch else [*parts[:2], parts[2][:1], parts[2][1:], other]:
+        books.apply(rows, tickers)
+    assert books.rows_lost == 2 - (seen == 2)
+    assert not books["BTC"].is_valid
+    assert books["ETH"].is_valid
+    books.apply(snapshot(first_seq=12), tickers)
+    assert books["BTC"].is_valid
