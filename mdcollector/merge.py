@@ -444,6 +444,8 @@ class TradeMerge(CopyMerge):
     def _behind(self, state: Trades, leg: int, code: int, seq: int, timestamp: int, raw: bytes) -> None:
         anew = timestamp > state.time and state.last - seq >= COUNTER_RESET_MIN
         if anew and not int(np.frombuffer(raw, dtype=TRADES.dtype)["flags"][0]) & _REPAIRED:
+            while state.held:  # what they wait for does not come any more
+                self._go_on(state, code)
             self._publish(leg, raw)
             self._begin_anew(state, code, seq, timestamp)
         elif self._fill(state, code, seq):

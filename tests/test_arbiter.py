@@ -289,6 +289,27 @@ def test_a_counter_that_begins_anew_is_followed(two: Bench) -> None:
     assert gap["cause"] == b"ids_reset"
 
 
+def test_a_counter_that_begins_anew_costs_no_trade_that_waits(two: Bench) -> None:
+    """50,002 waits for 50,001 when the numbers begin anew: nothing comes before it any more."""
+    leg = two.legs[0]
+    leg.trade(0, 50_000)
+    two.rest()
+    leg.trade(500, 50_002)
+    two.turn()
+    emit = leg.at(501)
+    emit.trade(leg.instrument, BASE_US + 900_000_000, 1, 1.0, 1.0, 1)
+    two.rest()
+    assert two.seqs() == [50_000, 50_002, 1]
+    rows = two.rows("gaps")
+    assert [(row["cause"], int(row["first_id"]), int(row["last_id"])) for row in rows] == [
+        (b"sequence", 50_001, 50_001), (b"ids_reset", -1, -1)
+    ]  # fmt: skip
+    two.arbiter.checkpoint()
+    two.crash()
+    two.rest()
+    assert two.seqs() == [50_000, 50_002, 1]
+
+
 def test_trades_without_a_counter_are_told_apart_by_their_id(two: Bench) -> None:
     a, b = two.legs
     for name in (b"x", b"y", b"z"):
