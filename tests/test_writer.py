@@ -728,6 +728,31 @@ def test_the_order_is_file_synced_renamed_directory_synced(tmp_path: Path, monke
     assert {"sync out", "sync trades", "sync BINANCE_SPOT"} <= set(steps[:-3])  # names of new directories, too
 
 
+def test_a_file_whose_name_could_not_be_made_durable_is_not_stored_beside_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next try has more rows, hence another name: those of the first try would be there twice."""
+    import errno
+
+    rings, out, real_fsync, refused = tmp_path / "rings", tmp_path / "out", os.fsync, list[str]()
+
+    def fsync(fd: int) -> None:
+        name = Path(f"/proc/self/fd/{fd}").readlink().name
+        if name == "date=2026-03-01" and files(out) and not refused:
+            refused.append(name)
+            raise OSError(errno.EIO, "refused")
+        real_fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with ring(rings, capacity=4096) as one:
+        writer = Writer(rings, out, name="test", roll_s=0.0)
+        append(one, [trade(n) for n in range(200)])
+        wait_for(lambda: bool(refused), writer.drain_once)
+        append(one, [trade(n) for n in range(200, 300)])
+        assert writer.finish().complete
+    assert [as_ring_values(r) for r in stored(out)] == [trade(n) for n in range(300)]
+
+
 def test_sinks_are_found_by_their_name() -> None:
     assert "parquet" in sink_kinds()
     with pytest.raises(ConfigError, match=r"sink 'carrier pigeon' is not known; there are: .*parquet"):

@@ -271,13 +271,17 @@ class ParquetSink:
         part = file.part(_KIND)
         durable_mkdir(file.path.parent)
         durable_mkdir(part.parent)
+        made = part
         try:
             _write_durably(part, memoryview(content))
-            part.rename(file.path)
+            made = part.rename(file.path)
             sync_file(file.path.parent)
         except OSError:
-            with contextlib.suppress(OSError):  # the disk that refused the data may refuse this too; `open` clears it
-                part.unlink()
+            # The next try may have more rows, hence another name: what has this one would hold some of them twice.
+            with contextlib.suppress(
+                OSError
+            ):  # the disk that refused the data may refuse this too; `open` clears a part
+                made.unlink()
             raise
         return int(content.size)
 
