@@ -594,6 +594,24 @@ def test_requests_are_signed_and_show_no_secret(alone: Callable[..., Alone]) -> 
     assert "level2" in {c["name"] for c in message["channels"]}
 
 
+def test_credentials_that_are_refused_are_refused_to_every_request_under_way(alone: Callable[..., Alone]) -> None:
+    """Each was signed, so each is answered so, and each is made once more without them."""
+    tickers = [f"T{i}-USD" for i in range(70)]
+    one = alone(*tickers, credentials=KEY)
+    one.venue.opened()
+    requests = one.sent()
+    assert len(requests) > 1
+    for _ in requests:
+        one.hear("error", message="Authentication Failed", reason="invalid signature")
+    again = one.sent()
+    assert len(again) == len(requests)
+    assert not [message for message in again if "signature" in message]
+    asked = {(c["name"], ticker) for message in again for c in message["channels"] for ticker in c["product_ids"]}
+    assert asked == {(name, t) for name in ("matches", "heartbeat", "level2_batch", "ticker") for t in tickers}
+    assert one.emit.counters["credentials_refused"] == 1
+    assert not [state for state in one.venue.proof.values() if state.refused]
+
+
 def test_feeds_of_one_channel_share_a_stream() -> None:
     streams = CoinbaseExchange.streams_of("A-B", ["bbo", "tickers"], Options())
     assert streams == [Stream("ticker:A-B", "bbo", "A-B", also=("tickers",))]

@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import msgspec
@@ -198,6 +198,14 @@ def follows(last_id: int, _first: int, last: int, _prev: int) -> int:
     return NEXT if last > last_id else OLD
 
 
+class _Request(NamedTuple):
+    """A message that was not answered yet."""
+
+    what: str
+    names: list[str]
+    signed: bool
+
+
 class _Depth:
     """What is known of a book beside its levels."""
 
@@ -257,7 +265,7 @@ class CoinbaseExchange(Venue):
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
         self._credentials = dict(options.credentials)
-        self._requests: deque[tuple[str, list[str]]] = deque()  # unanswered, in the order in which answers come
+        self._requests: deque[_Request] = deque()  # unanswered, in the order in which answers come
         self._depths: dict[str, _Depth] = {}
         self._told: dict[str, int] = {}  # ticker -> last trade named by the last heartbeat
         self._priced: dict[str, tuple[Instrument, list[int]]] = {}  # ticker -> newest sequence and time of its tickers
@@ -342,7 +350,7 @@ class CoinbaseExchange(Venue):
 
     def _request(self, what: str, names: Sequence[str]) -> None:
         for part in _parts(names):
-            self._requests.append((what, part))
+            self._requests.append(_Request(what, part, bool(self._credentials)))
             self.wants.append(Send(self._text(what, part)))
 
     def _text(self, what: str, names: Sequence[str]) -> str:
@@ -417,16 +425,15 @@ class CoinbaseExchange(Venue):
                 self.emit.counters["reply_without_request"] += 1
             return
         listed = {(_SAME_CHANNEL.get(c.name, c.name), ticker) for c in channels for ticker in c.product_ids}
-        what, names = self._requests.popleft()
-        if what == "unsubscribe":
+        request = self._requests.popleft()
+        names = request.names
+        if request.what == "unsubscribe":
             return
-        later = next((i for i, request in enumerate(self._requests) if _is_met(request, listed)), -1)
-        if later >= 0 and not _is_met(
-            (what, names), listed
-        ):  # then it answers that one, and those before had no answer
+        later = next((i for i, other in enumerate(self._requests) if _is_met(other, listed)), -1)
+        if later >= 0 and not _is_met(request, listed):  # then it answers that one, and those before had no answer
             self.emit.counters["request_unanswered"] += later + 1
             for _ in range(later + 1):
-                _, names = self._requests.popleft()
+                names = self._requests.popleft().names
         missing = [name for name in names if not listed.issuperset(_subscriptions(name))]
         self.acknowledge([name for name in names if name not in missing], time.time_ns())
         self.refuse(missing, "left out of the reply to subscribe")
@@ -434,11 +441,12 @@ class CoinbaseExchange(Venue):
     def _failed(self, envelope: _Envelope) -> None:
         """An error does not say which request it answers, and the whole request failed: find out what was wrong in it."""
         text = f"{envelope.message}: {envelope.reason}" if envelope.reason else envelope.message
-        what, names = self._requests.popleft() if self._requests else ("", [])
+        what, names, signed = self._requests.popleft() if self._requests else ("", [], False)
         if what != "subscribe":
             raise FrameError("venue_error", text)
-        if self._credentials and "auth" in text.lower():
-            self._without_credentials(text)
+        if signed and "auth" in text.lower():
+            if self._credentials:
+                self._without_credentials(text)
             self.subscribe([_public(name) for name in names])
             return
         words = envelope.reason.split()
@@ -740,10 +748,9 @@ def _subscriptions(name: str) -> list[tuple[str, str]]:
     return [(each, ticker) for each in _CHANNELS.get(channel, (channel,))]
 
 
-def _is_met(request: tuple[str, list[str]], listed: set[tuple[str, str]]) -> bool:
+def _is_met(request: _Request, listed: set[tuple[str, str]]) -> bool:
     """Whether a reply that lists this may be the answer to a request to subscribe."""
-    what, names = request
-    return what == "subscribe" and all(listed.issuperset(_subscriptions(name)) for name in names)
+    return request.what == "subscribe" and all(listed.issuperset(_subscriptions(name)) for name in request.names)
 
 
 def _public(name: str) -> str:
