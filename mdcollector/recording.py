@@ -5,6 +5,7 @@ the client sent, http: REST body with its request in `url`, open: connection ope
 Read by normalize, mdreplay and the tests; written by `mdreplay record`. Never interprets `raw`.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -99,15 +100,19 @@ class _Decompressed(io.RawIOBase):
 
 
 class RecordingWriter:
-    """Appends entries to a new recording; the file gets its name only when it is whole (`close`)."""
+    """Appends entries to a new recording; the file gets its name only when it is whole (`close`).
+
+    StorageError when it exists or the disk refuses it.
+    """
 
     def __init__(self, path: Path) -> None:
         if path.exists():
             raise StorageError(f"{path}: exists, will not be overwritten")
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._part = path.with_name(path.name + ".part")
-        self._file: IO[bytes] = open(self._part, "wb")  # noqa: SIM115 (closed in close)
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = open(self._part, "wb")  # noqa: SIM115 (closed in close)
         self._out: IO[bytes] = (
             zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(self._file, closefd=False)
             if path.suffix == ".zst"
@@ -115,20 +120,29 @@ class RecordingWriter:
         )
         self.entries = 0
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from error
+
     def write(self, entry: Entry) -> None:
-        self._out.write(_encode_entry(entry) + b"\n")
+        with self._writing():
+            self._out.write(_encode_entry(entry) + b"\n")
         self.entries += 1
 
     def close(self) -> None:
         """End the compressed stream, make the file durable and give it its name."""
         if self._file.closed:
             return
-        if self._out is not self._file:
-            self._out.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part.replace(self.path)
+        with self._writing():
+            if self._out is not self._file:
+                self._out.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._part.replace(self.path)
 
     def __enter__(self) -> Self:
         return self

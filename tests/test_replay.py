@@ -632,6 +632,20 @@ def test_recording_says_when_nobody_is_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_refuses_ends_a_recording_with_its_name(tmp_path: Path) -> None:
+    """What was written so far keeps its temporary name."""
+    path = write_recording(tmp_path / "r.jsonl", received([trade(n) for n in range(2000)], 1_000_000))
+    out = tmp_path / "copy.jsonl"
+    with serving(path) as server:
+        options = ("--feeds", "trades", "--ws-url", server.ws, "--rest-url", server.rest)
+        command = mdreplay("record", "binance_spot", "BTCUSDT", "--out", out, *options)
+        limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command]
+        done = subprocess.run(limited, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"mdreplay: {out}: cannot be written: File too large"
+    assert not out.exists()
+
+
 # wrong use and damage
 
 
@@ -648,6 +662,7 @@ def test_recording_says_when_nobody_is_there(tmp_path: Path) -> None:
         (["record", "binance_spot", "BTCUSDT", "--feeds", "gossip", "--out", "{new}"], "gossip"),
         (["record", "binance_spot", "BTCUSDT", "--feeds", "liquidations", "--out", "{new}"], "liquidations"),
         (["record", "binance_spot", "BTCUSDT", "--out", "{file}"], "will not be overwritten"),
+        (["record", "binance_spot", "BTCUSDT", "--out", "{file}/new.jsonl"], "cannot be written"),
     ],
 )
 def test_wrong_use_is_told(tmp_path: Path, args: list[str], told: str) -> None:

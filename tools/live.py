@@ -125,6 +125,9 @@ class LiveFeed:
             transport.disconnect()
             stopped.cancel()
             await asyncio.wait((gone,), timeout=CLOSE_S_MAX)
+        failure = gone.exception() if gone.done() else None
+        if failure is not None and not isinstance(failure, OSError | WSError):
+            raise failure  # of who took the frames: it is not the venue that ended the connection
         return stop.is_set()
 
     def _take(self, now_ns: int, text: str) -> None:

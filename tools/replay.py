@@ -661,12 +661,14 @@ def record(
     recorder = Recorder(venue, writer, ws_url or venue.ws_url, rest_url or venue.rest_url, every_s)
     try:
         was_asked = asyncio.run(_record(recorder, writer, list(tickers), streams, seconds))
+        writer.close()
+    except StorageError as error:
+        _fail(str(error), EXIT_FINDINGS)
     except Disconnected as error:
         writer.close()
         if not recorder.frames:
             out.unlink()
         _fail(str(error), EXIT_FINDINGS)
-    writer.close()
     summary = {
         "file": str(out),
         "frames": recorder.frames,
