@@ -82,6 +82,7 @@ STATE_NAME = "arbiter.state"
 STATE_VERSION = 1
 
 _LAST = int(Flag.LAST)
+_NO_CODE = 0xFFFF_FFFF
 
 
 class Place(msgspec.Struct):
@@ -133,6 +134,7 @@ class Source:
         self.error = ""
         self._place = place
         self._codes: Any = np.empty(0, np.uint32)
+        self._left_out: Any = np.empty(0, np.int64)  # those of the leg's codes that have no own one
         self._epoch = self._high = self._last_rcv = -1
         self._skip = False  # the first rows may be the end of a message whose begin is lost
 
@@ -263,11 +265,13 @@ class Source:
         return self.drained and not (len(self.rows) and (not self._whole_messages or self._has_end()))
 
     def _translated(self, reader: RingReader, rows: Rows) -> Rows:
-        """Own ticker codes and packet ids; a row that names no instrument is dropped."""
+        """Own ticker codes and packet ids; a row that names no instrument, or none there is room for, is dropped."""
         if len(self._codes) < len(reader.tickers):
-            names = reader.tickers
-            self._codes = np.array([self._own.code(name) for name in names], dtype=np.uint32)
+            self._codes = np.array([self._own_code(name) for name in reader.tickers], dtype=np.uint32)
+            self._left_out = np.flatnonzero(self._codes == _NO_CODE)
         known = rows["ticker"] < len(self._codes)
+        if len(self._left_out):
+            known &= ~np.isin(rows["ticker"], self._left_out)
         if not known.all():
             self.damaged += int(len(rows) - known.sum())
             rows = chosen(rows, known)
@@ -275,6 +279,13 @@ class Source:
         rows["ticker"] = self._codes[rows["ticker"]]
         rows["packet_id"] = rows["packet_id"] * self._legs + self.leg
         return rows
+
+    def _own_code(self, name: str) -> int:
+        try:
+            return self._own.code(name)
+        except RingError as error:  # the table is full; that of a connector takes no new name either
+            self.error = str(error)
+            return _NO_CODE
 
     def take(self, horizon: int) -> tuple[Rows, Any]:
         """Rows received up to `horizon`, of books whole messages only, with their keys of order."""

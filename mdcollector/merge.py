@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from mdcollector.errors import RingError
 from mdcollector.records import BBO, BID, ORDERBOOK_L2, TRADES, UINT32_MAX, Action, Feed, Flag
 from mdcollector.ring import RingWriter, Rows
 from mdcollector.stats import Histogram
@@ -926,8 +927,13 @@ class Ledger:
         """A hole; ids both included, times in us (`to_time` 0 = now)."""
         self.counters[f"gap_{feed}_{cause}" + ("_repaired" if repaired else "")] += 1
         now = time.time_ns() // 1000
+        try:
+            code = self.own.code(ticker)
+        except RingError:  # the table is full
+            self.counters["gap_not_told"] += 1
+            return
         self.out.append(
-            (now, now, 0, 0, 0, self.own.code(ticker), self._exchange, _LAST | _LOCAL,
+            (now, now, 0, 0, 0, code, self._exchange, _LAST | _LOCAL,
              repaired, feed.encode(), first, last, from_time, to_time or now, cause.encode())
         )  # fmt: skip
 

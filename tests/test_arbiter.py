@@ -32,7 +32,7 @@ from mdcollector.emit import Emit
 from mdcollector.errors import ConfigError, RingError
 from mdcollector.merge import Merge
 from mdcollector.records import Action, Exchange, Flag
-from mdcollector.ring import RingReader, Rows
+from mdcollector.ring import RingReader, RingWriter, Rows
 from mdcollector.stats import read_stats
 from tools.proof import prove
 from tools.sim.process import SimProcess
@@ -308,6 +308,30 @@ def test_a_counter_that_begins_anew_costs_no_trade_that_waits(two: Bench) -> Non
     two.crash()
     two.rest()
     assert two.seqs() == [50_000, 50_002, 1]
+
+
+def test_an_instrument_for_which_the_own_table_has_no_room_stops_no_other(
+    two: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a connector: a full table takes no new name. The rows left out are counted, and the reason is told."""
+    code = RingWriter.code
+
+    def full(ring: RingWriter, ticker: str) -> int:
+        if ticker == "NEW" and ring in two.arbiter.own.values():
+            raise RingError("the instrument table is full")
+        return code(ring, ticker)
+
+    monkeypatch.setattr(RingWriter, "code", full)
+    leg = two.legs[0]
+    for seq in (1, 2, 3):
+        leg.trade(seq, seq)
+        leg.at(seq).trade(leg.emit.instrument("NEW"), BASE_US, 1, 1.0, 1.0, seq)
+    leg.emit.gap("bbo", "NEW", from_time=BASE_US, to_time=BASE_US + 1, cause="silent")
+    two.rest()
+    assert two.seqs() == [1, 2, 3]
+    assert {row["ticker"] for row in two.rows("trades")} == {0}
+    (source,) = (s for s in two.arbiter.lanes["trades"].sources if s.damaged)
+    assert (source.damaged, source.error) == (3, "the instrument table is full")
 
 
 def test_trades_without_a_counter_are_told_apart_by_their_id(two: Bench) -> None:
