@@ -6,6 +6,7 @@ I/O. Venue rules come in as one function; the procedure around them is the same 
 
     book   WAITING --snapshot--> LIVE --hole--> BROKEN --snapshot, or the missing messages--> LIVE
     Messages that cannot be applied yet are held, so after the snapshot they follow without a second hole.
+    A hole is told when it is seen; a snapshot that ends it tells the rest, up to its own id, under the same cause.
 """
 
 from collections import deque
@@ -24,7 +25,7 @@ from mdcollector.records import ASK, BID, UNKNOWN, Action, Flag
 HELD_MESSAGES_MAX = 10_000  # 1000 s of a 100 ms stream; beyond it the oldest are published as not proven
 HELD_LEVELS_MAX = 250_000  # bounds the memory of held messages, about 30 MB at the very worst
 CROSSED_GRACE_US = 5_000_000  # a book that stays crossed this long is taken from a new snapshot
-STALE_SNAPSHOTS_MAX = 5  # so many in a row are older than the first held message: the message is not to be believed
+STALE_SNAPSHOTS_MAX = 5  # so many in a row are older than the first held message: it is not to be believed
 OLD_RUN_MAX = 600  # so many old messages and not one that follows, a minute: then it is the own id that is wrong
 LEVELS_MAX = 100_000  # in one message; the largest book ever recorded has 55,000, a ring takes half its capacity
 HOLES_MAX = 1000  # open holes remembered per instrument
@@ -169,9 +170,9 @@ class BookSync:
     """
 
     __slots__ = (
-        "_accounted_id", "_asks", "_bids", "_cause_id", "_cut", "_emit", "_follows", "_held", "_held_levels", "_hole",
-        "_old_from", "_old_id", "_old_run", "_stale", "_unproven_id", "_want_snapshot", "cause", "crossed_since",
-        "instrument", "last_id", "last_time", "proven", "state",
+        "_accounted_id", "_asks", "_bids", "_cause_id", "_emit", "_follows", "_held", "_held_levels", "_hole",
+        "_old_from", "_old_id", "_old_run", "_unproven_id", "_want_snapshot", "cause", "crossed_since",
+        "instrument", "last_id", "last_time", "proven", "stale", "state",
     )  # fmt: skip
 
     def __init__(
@@ -185,16 +186,17 @@ class BookSync:
         self._emit, self.instrument, self._follows, self._want_snapshot = emit, instrument, follows, want_snapshot
         self._bids, self._asks = _Side(BID), _Side(ASK)
         self._held: deque[Delta] = deque()
-        self._held_levels = self._stale = 0
+        self._held_levels = 0
+        self.stale = 0  # snapshots in a row that were too old
         self.state = WAITING
         self.last_id = published_id
         self.last_time = -1
-        self.cause = "restart"  # of a hole that begins behind `_cause_id`; of any other one it is "sequence"
+        # Live: of a hole that begins behind `_cause_id`; of any other one it is "sequence". Else of what a snapshot skips.
+        self.cause = "restart" if published_id >= 0 else "snapshot"
         self._cause_id = published_id
         self._hole: tuple[int, int] | None = None  # as the ledger has it; late messages may fill it
         self._accounted_id = published_id  # while not live: all up to it is published or told as missing
         self._unproven_id = -1  # the newest that was published without a book
-        self._cut = ""  # cause of the first connection that ended while broken; what was missed then is not told yet
         self._old_run = self._old_from = 0  # old messages since `last_id` was `_old_id`, first id of the first one
         self._old_id = -1
         self.crossed_since = 0
@@ -228,25 +230,23 @@ class BookSync:
         """
         follows = self._follows
         values = _checked(bids, asks, last_id)
-        held = [d for d in self._held if follows(last_id, d.first_id, d.last_id, d.prev_id) != OLD]
+        held: list[Delta] = []
+        superseded: list[Delta] = []
+        for d in self._held:
+            (superseded if follows(last_id, d.first_id, d.last_id, d.prev_id) == OLD else held).append(d)
         if held and follows(last_id, held[0].first_id, held[0].last_id, held[0].prev_id) == HOLE:
             if not in_band:
                 self._emit.counters["book_snapshot_stale"] += 1
-                self._stale += 1
-                if self._stale < STALE_SNAPSHOTS_MAX:
+                self.stale += 1
+                if self.stale < STALE_SNAPSHOTS_MAX:
                     return False
                 while self._held:  # then it is the held messages that are wrong
                     self._publish_unproven()
-            held = []
-        self._stale = 0
+            held, superseded = [], [*self._held]
+        self.stale = 0
+        self._tell_skipped(last_id, timestamp, superseded)
+        self._emit.counters["book_superseded"] += len(superseded)
         again = self.last_id >= 0
-        if again and self.state is not BROKEN and last_id != self.last_id:
-            # A snapshot that replaces a live book, or follows an earlier life, hides what happened in between.
-            cause = self.cause if self.cause != "sequence" and self.last_id == self._cause_id else "snapshot"
-            self._gap(min(self.last_id + 1, last_id), last_id, timestamp, cause)
-        elif self._cut:
-            self._tell_cut(last_id, timestamp)
-        self._emit.counters["book_superseded"] += len(self._held) - len(held)
         self._bids.load(bids)
         self._asks.load(asks)
         self.last_id, self.last_time = last_id, timestamp or self._emit.rcv_us
@@ -264,21 +264,19 @@ class BookSync:
 
     def disconnected(self, cause: str = "reconnect") -> None:
         """The connection ended: a hole that shows next is its doing."""
-        if self.state is LIVE:
+        if self.state is not WAITING:
             self.cause, self._cause_id = cause, self.last_id
-        elif self.state is BROKEN:
-            self._cut = self._cut or cause
 
     def distrust(self, cause: str, since: tuple[int, int] | None = None) -> None:
         """Give the book up and take a new snapshot: it is proven wrong, or its continuity cannot be shown any more.
 
         `since` (else `proven`): id and time of the last state that is sure; the ledger then names all that followed.
         """
-        if self.state is LIVE and (since := since or self.proven) is not None:
-            self._hole, self._cut, self.state = None, "", BROKEN
-            self._gap(since[0] + 1, self.last_id + 1, self._emit.rcv_us, cause, from_time=since[1])
-        elif self.state is LIVE:
-            self._break(self.last_id, self.last_id, self._emit.rcv_us, cause, fillable=False)
+        if self.state is LIVE:
+            first, last, from_time = self.last_id, self.last_id, self.last_time
+            if (since := since or self.proven) is not None:
+                first, last, from_time = since[0] + 1, self.last_id + 1, since[1]
+            self._break(first, last, self._emit.rcv_us, cause, fillable=False, from_time=from_time)
         self._want_snapshot(self)
 
     def lost(self, upto_id: int, cause: str) -> None:
@@ -308,21 +306,33 @@ class BookSync:
 
     # How it is done
 
-    def _break(self, first_id: int, last_id: int, to_time: int, cause: str, *, fillable: bool) -> None:
-        self._hole, self._cut = (first_id, last_id) if fillable else None, ""
-        self._accounted_id, self._unproven_id = last_id, -1
-        self._gap(first_id, last_id, to_time, cause)
-        self.state = BROKEN
+    def _break(
+        self, first_id: int, last_id: int, to_time: int, cause: str, *, fillable: bool, from_time: int | None = None
+    ) -> None:
+        self._hole = (first_id, last_id) if fillable else None
+        self._accounted_id, self._unproven_id, self.stale = last_id, -1, 0
+        self._gap(first_id, last_id, to_time, cause, from_time=from_time)
+        self.state, self.cause = BROKEN, cause
 
-    def _tell_cut(self, last_id: int, timestamp: int) -> None:
-        """A snapshot ends a break during which a connection ended: what the ledger lacks up to it was missed.
+    def _tell_skipped(self, last_id: int, timestamp: int, superseded: Sequence[Delta]) -> None:
+        """A snapshot takes the book further than what is published or told: all in between is in no row.
 
-        So were held messages that it supersedes: they came, and are in no row.
+        Some of it never came, some was held and is superseded. Before the first row of all nothing was promised.
         """
-        reached = max(self._accounted_id, self.last_id)
-        if not self.last_id <= last_id <= reached:
-            self._gap(min(reached + 1, last_id), last_id, timestamp, self._cut)
-        self._cut = ""
+        reached = self.last_id if self.state is LIVE else self._accounted_id
+        if reached < 0:
+            return
+        cause, missing = self.cause, [(reached + 1, last_id)]
+        if self.state is LIVE and (cause == "sequence" or self.last_id != self._cause_id):
+            cause = "snapshot"  # it replaces a book that nothing was wrong with
+        if last_id <= reached:  # within what is told; or ids begin anew, and messages of both kinds may have been held
+            missing = [(reached + 1, max((d.last_id for d in superseded), default=reached))]
+            if last_id < self.last_id:
+                begin = min((d.first_id for d in superseded if d.last_id <= last_id), default=last_id)
+                missing.append((begin, last_id))
+        for first, last in missing:
+            if first <= last:
+                self._gap(first, last, timestamp, cause, continued=self.state is BROKEN)
 
     def _old(self, first_id: int, last_id: int, timestamp: int) -> None:
         """A duplicate. Nothing but duplicates for long: an impossible id was believed, or the venue began anew."""
@@ -366,13 +376,15 @@ class BookSync:
         last_id: int,
         to_time: int,
         cause: str,
+        *,
         repaired: bool = False,
+        continued: bool = False,
         from_time: int | None = None,
     ) -> None:
         self._emit.gap(
             "orderbook_l2", self.instrument.ticker, first_id=first_id, last_id=last_id,
             from_time=self.last_time if from_time is None else from_time, to_time=to_time, cause=cause,
-            repaired=repaired,
+            repaired=repaired, continued=continued,
         )  # fmt: skip
 
     def _hold(self, first_id: int, last_id: int, prev_id: int, timestamp: int, bids: Pairs, asks: Pairs) -> None:

@@ -628,9 +628,13 @@ class Emit:
         to_time: int = 0,
         cause: str,
         repaired: bool = False,
+        continued: bool = False,
     ) -> None:
-        """A hole for the ledger: ids both included, times in us. A repaired hole is told once more, with `repaired`."""
-        self.counters[f"gap_{feed}_{cause}" + ("_repaired" if repaired else "")] += 1
+        """A hole for the ledger: ids both included, times in us. A repaired hole is told once more, with `repaired`.
+
+        `continued`: the rest of one that is told already, so it is counted apart.
+        """
+        self.counters[f"gap_{feed}_{cause}" + ("_repaired" if repaired else "_continued" if continued else "")] += 1
         values = (repaired, feed.encode(), first_id, last_id, from_time, to_time or self.rcv_us, cause.encode())
         self._append(GAPS.name, self.instrument(ticker), 0, 0, values)
 

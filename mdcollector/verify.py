@@ -248,6 +248,7 @@ class _Verifier:
         self.hours: dict[tuple[Place, str, int], Hour] = {}
         self.trades: dict[tuple[Place, str], _Trades] = defaultdict(_Trades)
         self.books: dict[tuple[Place, str], _Book] = {}
+        self.unproven: dict[tuple[Place, str], _Position] = {}  # the newest row that stands in no book
 
     # Files and the line of seq_ids
 
@@ -470,7 +471,8 @@ class _Verifier:
     ) -> None:
         """Update ids of a ticker only grow between snapshots; a snapshot after a hole has its row in the ledger."""
         # The ids of messages that could never be joined to a book prove nothing.
-        rows = np.flatnonzero(flags & int(Flag.UNPROVEN) == 0)
+        unproven = flags & int(Flag.UNPROVEN) != 0
+        rows, doubted = np.flatnonzero(~unproven), np.flatnonzero(unproven)
         order = rows[np.argsort(codes[rows], kind="stable")]
 
         def position(i: int) -> _Position:
@@ -495,16 +497,26 @@ class _Verifier:
             ticker = tickers[int(of[i])]
             book = self.books.get((place, ticker))
             at = book.at if book and i in starts else position(i - 1)
+            of_ticker = doubted[(codes[doubted] == of[i]) & (doubted < order[i])]
+            if len(of_ticker):
+                self.unproven[place, ticker] = _Position(file.epoch, int(seqs[of_ticker[-1]]), file.connector)
             self._resync(place, file, ticker, int(before[i]), int(updates[i]), at, position(i))
         for start, stop in itertools.pairwise([*starts.tolist(), len(order)]):
             end = stop - 1
             self.books[place, tickers[int(of[start])]] = _Book(int(updates[end]), position(end))
+        for i in doubted[np.flatnonzero(np.diff(codes[doubted], append=-1))].tolist():
+            self.unproven[place, tickers[int(codes[i])]] = _Position(file.epoch, int(seqs[i]), file.connector)
 
     def _resync(
         self, place: Place, file: StoredFile, ticker: str, before: int, update: int, low: _Position, high: _Position
     ) -> None:
+        """A hole must be told up to the snapshot; where rows without a book lie in between, these may be what reaches it."""
+        unproven = self.unproven.get((place, ticker))
+        first = before if unproven is not None and unproven > low else update
         for gap in self.ledger.gaps(place, ticker):
-            if gap.first is None or gap.last is None or (gap.first <= max(update, before) and gap.last >= before):
+            if gap.repaired:
+                continue
+            if gap.first is None or gap.last is None or (gap.first <= max(update, first) and gap.last >= first):
                 return
         if not self.ledger.lost_between(place, low, high):
             self.report.find(f"{file.path}: {ticker} was resynced at update {update} and the ledger does not say why")

@@ -285,6 +285,7 @@ def test_steps_bans_and_storms_are_found_when_they_happened_lately() -> None:
         ({"gap_orderbook_l2_sequence": 51}, ["resync_storm"]),
         ({"gap_trades_sequence": 51}, ["holes"]),
         ({"gap_trades_sequence": 30, "gap_orderbook_l2_sequence": 30, "gap_trades_sequence_repaired": 90}, []),
+        ({"gap_orderbook_l2_sequence": 30, "gap_orderbook_l2_sequence_continued": 30}, []),
     ):
         after = fleet_of(page(counters=counters, clock={"steps": 1, "last_step_us": -5}))
         assert [f.kind for f in judge(after, before)] == kinds, counters

@@ -531,6 +531,31 @@ def test_a_resync_must_be_in_the_ledger(tree: Tree, two_files: bool) -> None:
     )
     assert len(tree.verify().findings) == 1  # another ticker's, and of other times
     tree.add(GAPS, [gap(12, 15, feed="orderbook_l2")])
+    assert len(tree.verify().findings) == 1, "where the hole was seen, but not how far it went"
+    tree.add(GAPS, [gap(16, 20, feed="orderbook_l2")])
+    assert tree.verify().findings == []
+    tree.add(GAPS, [gap(16, 20, feed="orderbook_l2", repaired=1, rcv_timestamp=NOON_US + SECOND_US)])
+    assert len(tree.verify().findings) == 1, "nothing is missing, it says, and yet there is a new snapshot"
+
+
+@pytest.mark.parametrize("two_files", [False, True])
+def test_rows_without_a_book_may_be_what_reaches_the_snapshot(tree: Tree, two_files: bool) -> None:
+    doubted = int(Flag.UNPROVEN | Flag.BOOK_INVALID)
+    first = [*book(10, snapshot=True), *book(5, ticker=1), *book(12, doubted), *book(13, doubted)]
+    second = [*book(6, ticker=1), *book(13, int(Flag.RESYNCED), snapshot=True)]
+    for rows in [first, second] if two_files else [first + second]:
+        tree.add(ORDERBOOK_L2, rows)
+    assert len(tree.verify().findings) == 1
+    tree.add(GAPS, [gap(11, 11, feed="orderbook_l2")])
+    assert tree.verify().findings == []
+    tree.add(ORDERBOOK_L2, [*book(14), *book(16, int(Flag.RESYNCED), snapshot=True)])
+    assert len(tree.verify().findings) == 1, "these say nothing of a later resync"
+
+
+def test_a_book_whose_ids_begin_anew_is_told_by_the_first_of_them(tree: Tree) -> None:
+    tree.add(ORDERBOOK_L2, [*book(99, snapshot=True), *book(1, int(Flag.RESYNCED), snapshot=True), *book(2)])
+    assert len(tree.verify().findings) == 1
+    tree.add(GAPS, [gap(1, 1, feed="orderbook_l2", cause=b"snapshot")])
     assert tree.verify().findings == []
 
 

@@ -27,6 +27,7 @@ from rich.table import Table
 from mdcollector.config import ALLOW_ROOT
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS
 from mdcollector.exchanges import venue_class
+from mdcollector.health import TOLD_BEFORE
 from mdcollector.options import Finite
 from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.stats import read_stats
@@ -253,7 +254,7 @@ def details_of(
         "faults": {name: n for name, n in sorted(proof.faults.items()) if n},
         "refused": sum(n for name, n in counters.items() if name.startswith("refused_")),
         "reconnects": max(0, counters["connections"] - len(pages)),
-        "holes": sum(holes.values()) - repaired,
+        "holes": sum(n for name, n in holes.items() if not name.endswith(TOLD_BEFORE)),
         "repaired": repaired,
         "books": sum(page["books"] for page in pages),
         "books_live": sum(page["books"] - page["books_invalid_count"] for page in pages),

@@ -8,9 +8,8 @@ Rows stay columns and ledger lines text until they are compared: a long run has 
                 unrepaired row of `gaps` names its id; no trade that the exchange did not make
     books       a book rebuilt from the rows equals the exchange's after every message that no row of `gaps` names, is
                 crossed exactly where rows say BOOK_INVALID, every row says truly what it did to the book, and every
-                depth event is there once, is named by `gaps`, or lies before the snapshot that ended the hole. Only
-                rows flagged UNPROVEN stand in no book: they are the exchange's, and nothing but a snapshot or the end
-                follows them
+                depth event behind the first row is there once or is named by `gaps`. Only rows flagged UNPROVEN stand
+                in no book: they are the exchange's, and nothing but a snapshot or the end follows them
     bbo, tickers, candles, liquidations
                 rows are the exchange's, in its order; a missing one lies in the time of a hole that `gaps` records, or
                 lay between two polls of a polled venue, of which only every closed candle must be there
@@ -55,7 +54,7 @@ class FeedProof:
 
     rows: int = 0  # in the tables
     equal: int = 0  # rows, or for books messages, that equal the ledger's
-    explained: int = 0  # of the ledger's that are not in the tables, and `gaps` or a snapshot says why
+    explained: int = 0  # of the ledger's that are not in the tables, and `gaps` says why
     repaired: int = 0  # rows that were fetched over REST
     different: int = 0
 
@@ -235,10 +234,7 @@ class _Holes:
                 self._times[where].append((row["from_time"] - LATE_US, row["to_time"]))
 
     def names_id(self, feed: str, ticker: str, number: int) -> bool:
-        return self.overlaps_ids(feed, ticker, number, number)
-
-    def overlaps_ids(self, feed: str, ticker: str, first: int, last: int) -> bool:
-        return any(low <= last and first <= high for low, high in self._ids.get((feed, ticker), ()))
+        return any(low <= number <= high for low, high in self._ids.get((feed, ticker), ()))
 
     def at_time(self, feed: str, ticker: str, t: int) -> bool:
         return any(low <= t <= high for name in ("*", ticker) for low, high in self._times.get((feed, name), ()))
@@ -382,7 +378,7 @@ class _Comparison:
                 self.proof.differ("orderbook_l2", f"{where}: its message is not whole")
             number = events.ending_at(update_id)
             if flags & SNAPSHOT:
-                self._skipped(ticker, holes, events, applied, update_id)
+                self._skipped(ticker, holes, events, max([applied, *unproven]), update_id)
                 books.load(message.levels)
                 applied, unproven = update_id, []
                 if number is not None or update_id == books.first:
@@ -439,13 +435,11 @@ class _Comparison:
         """Account for the events with ids behind `applied` up to `upto`, of which there are no rows."""
         if applied < 0 or upto <= applied:
             return
-        skipped = bisect_right(events.lasts, upto) - bisect_right(events.lasts, applied)
-        if not skipped:
-            return
-        if holes.overlaps_ids("orderbook_l2", ticker, applied + 1, upto):
-            self.proof.feeds["orderbook_l2"].explained += skipped
-        else:
-            text = f"{ticker}: {skipped} events between {applied} and {upto} are missing and no row of gaps says so"
+        skipped = events.lasts[bisect_right(events.lasts, applied) : bisect_right(events.lasts, upto)]
+        untold = [update_id for update_id in skipped if not holes.names_id("orderbook_l2", ticker, update_id)]
+        self.proof.feeds["orderbook_l2"].explained += len(skipped) - len(untold)
+        if untold:
+            text = f"{ticker}: {len(untold)} events from {untold[0]} to {untold[-1]} are missing and no row of gaps says so"
             self.proof.differ("orderbook_l2", text)
 
     def _compare(self, where: str, books: "_Books", number: int) -> None:
