@@ -573,6 +573,57 @@ def test_an_impossible_snapshot_is_asked_for_again(probe: Any) -> None:
     assert one.venue.books["AB"].book() == ({2.0: 1.0, 1.0: 1.0}, {})
 
 
+def asks_at(one: Probe, until_ns: int) -> list[int]:
+    """When within this time, seen each tenth of a second, the snapshot of AB is asked for."""
+    asked = []
+    while one.now_ns < until_ns:
+        one.venue.wants.clear()
+        one.now_ns += 100_000_000
+        one.emit.packet(one.now_ns, one.emit.clock())
+        one.venue.tick(one.now_ns)
+        asked += [one.now_ns for w in one.venue.wants if isinstance(w, Fetch) and w.key == "depth AB"]
+    return asked
+
+
+@pytest.mark.parametrize("venue", ["binance_spot", "binance_futures"])
+def test_a_snapshot_that_is_too_old_gets_time_to_catch_up(venue: str, probe: Any) -> None:
+    """What is held outlives a REST cache that lags by 7 seconds; the longer it lags, the more rarely it is asked."""
+    one: Probe = probe(venue, "AB")
+    assert one.feed(b_depth(10, 11, [["1", "1"]]))
+    waits = []
+    for _ in range(continuity.STALE_SNAPSHOTS_MAX - 1):
+        one.venue.wants.clear()
+        began_ns = one.now_ns
+        b_snapshot(one, 5, [["9", "1"]], [])
+        assert not one.venue.wants, "not at once"
+        (asked_ns,) = asks_at(one, began_ns + 4_050_000_000)
+        waits.append(asked_ns - began_ns)
+        one.now_ns = asked_ns
+        one.emit.packet(asked_ns, one.emit.clock())
+    assert waits == [500_000_000, 1_000_000_000, 2_000_000_000, 4_000_000_000]
+    b_snapshot(one, 10, [["2", "1"]], [])
+    assert one.venue.books["AB"].book() == ({2.0: 1.0, 1.0: 1.0}, {})
+    assert one.gaps() == []
+    assert not asks_at(one, one.now_ns + 10_000_000_000)
+
+
+def test_a_snapshot_is_asked_for_again_only_while_it_is_needed_and_whatever_the_clock_does(probe: Any) -> None:
+    one: Probe = probe("binance_spot", "AB")
+    b_snapshot(one, 9, [["9", "1"]], [])
+    assert one.feed(b_depth(12, 12))
+    b_snapshot(one, 10, [["9", "1"]], [])
+    one.now_ns -= 3_600_000_000_000
+    assert len(asks_at(one, one.now_ns + 50_000_000)) == 1, "an hour back: nobody waits for that hour to pass"
+    b_snapshot(one, 10, [["9", "1"]], [])
+    assert one.feed(b_depth(10, 11, [["8", "1"]]))
+    assert one.venue.books["AB"].state == continuity.LIVE
+    assert not asks_at(one, one.now_ns + 10_000_000_000), "a late message has healed it"
+    assert one.feed(b_depth(20, 20))
+    began_ns = one.now_ns
+    b_snapshot(one, 15, [["9", "1"]], [])
+    assert asks_at(one, began_ns + 5_000_000_000)[0] - began_ns == 500_000_000, "another hole, from the start"
+
+
 def test_an_unusable_book_snapshot_on_the_channel_is_asked_for_again(probe: Any) -> None:
     one: Probe = probe("deribit", "BTC-PERPETUAL")
     one.venue.opened()

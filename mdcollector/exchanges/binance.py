@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import msgspec
 
-from mdcollector.continuity import HOLE, LIVE, NEXT, OLD, BookSync, FollowRule, TradeRow, TradeSync
+from mdcollector.continuity import HOLE, LIVE, NEXT, OLD, STALE_SNAPSHOTS_MAX, BookSync, FollowRule, TradeRow, TradeSync
 from mdcollector.emit import TIME_MAX_US, Emit
 from mdcollector.errors import FrameError
 from mdcollector.exchanges import (
@@ -39,6 +39,9 @@ from mdcollector.records import BUY, SELL, Exchange
 SNAPSHOT_LEVELS_DEFAULT = 1000  # of at most 5000 a side on spot: a fifth of the weight; the most that futures give
 TRADES_PER_REQUEST = 1000  # the most that trades, historicalTrades and aggTrades give; 2026-07
 SUBSCRIBE_CHUNK = 200  # stream names in one SUBSCRIBE
+# Before a snapshot that was too old is asked for again, doubled each time: answers come from a cache that may lag by
+# seconds. The fifth in a row, at which what is held is no longer believed, then comes 7.5 s behind the first.
+STALE_WAIT_NS = 500_000_000
 OPEN_INTEREST_EVERY_S = 15.0  # of one instrument, with few of them
 OPEN_INTEREST_PER_S = 5.0  # requests of weight 1 in all: an eighth of what an IP address has
 PERPETUAL_DELIVERY_MS = 4_133_404_800_000  # 2100-12-25: `deliveryDate` of what has none
@@ -341,6 +344,7 @@ class Binance(Venue):
         self._trade_kinds: dict[str, str] = {}
         self._requests: dict[int, tuple[str, list[str]]] = {}
         self._request_id = 0
+        self._again_at_ns: dict[str, int] = {}  # ticker -> when its snapshot, too old the last time, is asked for again
         self._weights_known = {self.LIMITS.weight}
 
     # Planning
@@ -674,13 +678,23 @@ class Binance(Venue):
         if book.state is LIVE:  # a late message healed it meanwhile
             self.emit.counters["book_snapshot_unneeded"] += 1
             return
-        taken = False
+        taken: bool | None = None
         try:
-            snapshot = decode_body(_decode_snapshot, body)
-            taken = self._load(book, snapshot)
+            taken = self._load(book, decode_body(_decode_snapshot, body))
         finally:
-            if not taken:  # spot, step 3: older than the buffer, fetch again; so too when it is unusable
+            if taken is None:  # unusable
                 self.want_snapshot(book)
+        if not taken:  # spot, step 3: older than the buffer, fetch again
+            self._again_at_ns[symbol] = self.emit.rcv_us * 1000 + (STALE_WAIT_NS << book.stale >> 1)
+
+    def tick(self, now_ns: int) -> None:
+        """Ask again for the snapshots that were too old, each in its time; at once where the clock was set back."""
+        for ticker, due_ns in list(self._again_at_ns.items()):
+            if not 0 < due_ns - now_ns <= STALE_WAIT_NS << STALE_SNAPSHOTS_MAX:
+                del self._again_at_ns[ticker]
+                book = self.books.get(ticker)
+                if book is not None and book.state is not LIVE:  # a late message may have healed it
+                    self.want_snapshot(book)
 
     def _load(self, book: BookSync, snapshot: _Snapshot) -> bool:
         return book.snapshot(snapshot.lastUpdateId, _us(snapshot.T), snapshot.bids, snapshot.asks)
@@ -916,6 +930,7 @@ class BinanceFutures(Binance):
 
     def tick(self, now_ns: int) -> None:
         """Ask for the open interest of one instrument after the other."""
+        super().tick(now_ns)
         if now_ns < self._poll_at_ns:
             return
         tickers = [stream.ticker for stream in self.streams if kind_of(stream.name) == "ticker"]
