@@ -130,16 +130,20 @@ def test_too_much_on_the_new_connection_keeps_the_old_one(
     asyncio.run(scenario())
 
 
-def test_notice_on_the_new_connection_is_followed(desk: Callable[[str], Desk]) -> None:
+@pytest.mark.parametrize("form", [b"%b", b'{"stream":"!serverShutdown","data":%b}'])
+def test_notice_on_the_new_connection_is_followed(form: bytes, desk: Callable[[str], Desk]) -> None:
+    """The same one as on the old connection, and yet another one; it is no proof that the new one brings anything."""
+    notice = form % b'{"e":"serverShutdown","E":1796083200000}'
+
     async def scenario() -> None:
         at = desk("binance_spot")
         old, serving = await at.begin()
         at.replace(old)
         new = await first(at.opened.get(), serving)
-        at.bring(old, b'{"e":"serverShutdown","E":1796083200000}')  # it is being replaced already
+        at.bring(old, notice)  # it is being replaced already
         at.acknowledge(new)
         at.trade(new)
-        at.bring(new, b'{"e":"serverShutdown","E":1796083200000}')
+        at.bring(new, notice)
         newest = await first(at.opened.get(), serving)
         assert old.closed.is_set()
         assert not new.closed.is_set()

@@ -338,6 +338,7 @@ class Binance(Venue):
         403: 300.0
     }  # the web application firewall's limit; how long is not told
     PREFIX = b'{"stream":"'
+    SHUTDOWN = PREFIX + b'!serverShutdown"'
 
     def __init__(self, emit: Emit, options: Options, streams: Sequence[Stream], *, open_world: bool = False) -> None:
         super().__init__(emit, options, streams, open_world=open_world)
@@ -424,6 +425,10 @@ class Binance(Venue):
             self._request_id += 1
             self._requests[self._request_id] = method, list(names[i : i + SUBSCRIBE_CHUNK])
             self.wants.append(Send(_control(method, names[i : i + SUBSCRIBE_CHUNK], self._request_id)))
+
+    def identity(self, frame: bytes) -> bytes | None:
+        """The notice that a connection ends concerns that one alone, and is no market data."""
+        return None if frame.startswith(self.SHUTDOWN) else super().identity(frame)
 
     def unrouted(self, frame: bytes) -> None:
         envelope = _decode_envelope(frame)
