@@ -306,6 +306,20 @@ class Fleet:
         assert feed in FEEDS
         return load_rows(self.data, feed).get(name, [])
 
+    def holes(self) -> list[dict[str, Any]]:
+        """Rows of the ledger; of a book's hole the row where it was seen and the one that goes on to the snapshot as one."""
+        holes: list[dict[str, Any]] = []
+        newest: dict[str, dict[str, Any]] = {}  # of each book
+        for row in self.rows("gaps"):
+            before = newest.get(row["ticker"])
+            if row["feed"] == "orderbook_l2" and before is not None and before["last_id"] + 1 == row["first_id"]:
+                before["last_id"] = row["last_id"]
+                continue
+            holes.append(row)
+            if row["feed"] == "orderbook_l2":
+                newest[row["ticker"]] = row
+        return holes
+
     def __enter__(self) -> Self:
         return self
 

@@ -78,7 +78,7 @@ def test_one_missing_book_event_resyncs_only_that_book(start: Start, category: s
     fleet.settle()
     fleet.wait_more("orderbook_l2", 20)
     agrees(fleet)
-    gaps = [gap for gap in fleet.rows("gaps") if gap["feed"] == "orderbook_l2"]
+    gaps = [gap for gap in fleet.holes() if gap["feed"] == "orderbook_l2"]
     assert [gap["ticker"] for gap in gaps] == [hit]
     (fault,) = fleet.sim.ledger().faults
     assert gaps[0]["first_id"] <= fault["last"] <= gaps[0]["last_id"]

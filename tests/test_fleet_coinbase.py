@@ -28,7 +28,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def causes(fleet: Fleet) -> Counter[tuple[str, str, str]]:
-    return Counter((gap["feed"], gap["ticker"], gap["cause"]) for gap in fleet.rows("gaps") if not gap["repaired"])
+    return Counter((gap["feed"], gap["ticker"], gap["cause"]) for gap in fleet.holes() if not gap["repaired"])
 
 
 def subscriptions(fleet: Fleet) -> list[str]:

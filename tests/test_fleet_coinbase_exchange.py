@@ -61,7 +61,7 @@ def agrees(fleet: Fleet, **options: Any) -> None:
 
 
 def book_gaps(fleet: Fleet) -> list[tuple[str, str]]:
-    return [(gap["ticker"], gap["cause"]) for gap in fleet.rows("gaps") if gap["feed"] == "orderbook_l2"]
+    return [(gap["ticker"], gap["cause"]) for gap in fleet.holes() if gap["feed"] == "orderbook_l2"]
 
 
 def snapshots(fleet: Fleet) -> Counter[str]:
@@ -99,7 +99,7 @@ def test_lost_book_updates_are_found_by_an_audit_and_only_that_book_resyncs(star
     fleet.wait_more("orderbook_l2", 50)
     agrees(fleet)
     assert book_gaps(fleet) == [(hit, "audit")]
-    (gap,) = [gap for gap in fleet.rows("gaps") if gap["feed"] == "orderbook_l2"]
+    (gap,) = [gap for gap in fleet.holes() if gap["feed"] == "orderbook_l2"]
     lost = [fault["last"] for fault in fleet.sim.ledger().faults]
     assert len(lost) == 15
     assert all(gap["first_id"] <= id_ <= gap["last_id"] for id_ in lost)

@@ -154,7 +154,7 @@ def test_a_reset_of_the_sequence_is_counted_and_followed_and_a_gap_behind_it_is_
     fleet.wait_more("orderbook_l2", 100)
     fleet.finish()
     rows = fleet.rows("orderbook_l2")
-    (gap,) = [row for row in fleet.rows("gaps") if row["feed"] == "orderbook_l2"]
+    (gap,) = [row for row in fleet.holes() if row["feed"] == "orderbook_l2"]
     assert gap["ticker"] == hit
     for ticker in (hit, *others):
         messages: dict[int, set[tuple[int, float, float]]] = {}
