@@ -200,6 +200,9 @@ class PlainBook:
             if not self.in_band:
                 return
             kept = []
+        if self.state == "broken" and last_id > self.known_id:  # it came and is superseded, or never came
+            ids = self.known_id + 1, last_id, self.last_time, time or self.expected.rcv
+            self.expected.gap("orderbook_l2", self.ticker, *ids, "sequence")
         resynced = RESYNCED if self.last_id >= 0 else 0
         self.sides = {BID: {}, ASK: {}}
         head = self.expected.head(self.ticker, time, SNAPSHOT | resynced)

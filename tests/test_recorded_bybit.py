@@ -482,11 +482,13 @@ def test_a_broken_book_is_believed_again_from_the_next_snapshot_on(tmp_path: Pat
     lines = entries(recording(LINEAR))
     places = changes(lines, "SOLUSDT")
     at = places[60]
-    whole = with_snapshot(lines, at, message_of(lines[at], "orderbook.")["data"]["u"])
+    u = message_of(lines[at], "orderbook.")["data"]["u"]
+    whole = with_snapshot(lines, at, u)
     gone = message_of(lines[places[20]], "orderbook.")["data"]["u"]
     _, tables, model = normalized([*whole[: places[20]], *whole[places[20] + 1 :]], tmp_path)
     proven(tables, model)
-    assert ledger(tables) == [("orderbook_l2", "SOLUSDT", gone, gone, "sequence", False)]
+    told = [(gone, gone), (gone + 1, u)]
+    assert ledger(tables) == [("orderbook_l2", "SOLUSDT", *ids, "sequence", False) for ids in told]
     stored = table(tables, "orderbook_l2")
     assert not any(flags & INVALID for flags in stored["flags"]), "what was held is in the snapshot"
     assert {name for name, flags in zip(stored["ticker"], stored["flags"], strict=True) if flags & RESYNCED} == {

@@ -325,7 +325,8 @@ def test_a_book_is_believed_again_from_the_next_snapshot_on(tmp_path: Path) -> N
     proven(tables, model)
     gone = book_of(lines[lost])
     assert ledger(tables) == [
-        ("orderbook_l2", ticker, gone["prev_change_id"] + 1, gone["change_id"], "sequence", False)
+        ("orderbook_l2", ticker, gone["prev_change_id"] + 1, gone["change_id"], "sequence", False),
+        ("orderbook_l2", ticker, gone["change_id"] + 1, change["change_id"], "sequence", False),
     ]
     stored = table(tables, "orderbook_l2")
     assert not any(flags & INVALID for flags in stored["flags"])
