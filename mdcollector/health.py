@@ -18,7 +18,7 @@ OK, DEGRADED, DOWN = "ok", "degraded", "down"  # of a process or a fleet; each i
 PAGE_STALE_S = 5.0  # a process publishes its page some times a second; one that is silent for so long is dead or hangs
 ACKNOWLEDGED_WITHIN_S = 15.0  # else a stream is shown
 HOLES_MANY = 50  # holes between two looks, of books or of all else: more than single lost messages
-TOLD_BEFORE = ("_repaired", "_continued")  # ends of counters of rows that say more of a hole that is counted already
+_TOLD_BEFORE = ("_repaired", "_continued")  # ends of counters of rows that say more of a hole that is counted already
 LIMITED = (
     "rate_limited",
     "http_rate_limited",
@@ -81,6 +81,11 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.process}: {self.text}"
+
+
+def counts_holes(counter: str) -> bool:
+    """Whether a counter of a connector counts holes, each once: also those that were repaired later."""
+    return counter.startswith("gap_") and not counter.endswith(_TOLD_BEFORE)
 
 
 def judge(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -166,7 +171,7 @@ def _connector(name: str, page: Page, before: Page | None, now_ns: int) -> Itera
             )
         if lost := _grown(page, before, "disconnected", "stale"):
             yield Finding("reconnected", name, f"lost its connection {lost} times lately; {page['last_error']}")
-        holes = [key for key in page["counters"] if key.startswith("gap_") and not key.endswith(TOLD_BEFORE)]
+        holes = [key for key in page["counters"] if counts_holes(key)]
         books = [key for key in holes if key.startswith("gap_orderbook_l2_")]
         if (resyncs := _grown(page, before, *books)) > HOLES_MANY:
             yield Finding("resync_storm", name, f"{resyncs} holes in the sequence of books")

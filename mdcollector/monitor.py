@@ -36,7 +36,7 @@ from prometheus_client.registry import Collector
 from mdcollector.alerts import Alerts, Messenger
 from mdcollector.config import MonitorConfig
 from mdcollector.errors import ConfigError
-from mdcollector.health import DISK_FREE_LEAST, DOWN, KINDS, Finding, concerning, judge, state_of
+from mdcollector.health import DISK_FREE_LEAST, DOWN, KINDS, Finding, concerning, counts_holes, judge, state_of
 from mdcollector.records import ALWAYS_ON, FEEDS, TRADES
 from mdcollector.stats import HISTOGRAM_BOUNDS_NS, notify_alive
 from mdcollector.supervisor import status
@@ -362,7 +362,7 @@ def csv_rows(view: View, before: View | None) -> Iterator[tuple[object, ...]]:
             sum(n["lag_rows"] for n in streams),
             sum(n - was.get(key, 0) for key, n in counters.items() if "duplicate" in key),
             sum(n["lapped"] for n in streams),
-            sum(n - was.get(key, 0) for key, n in counters.items() if key.startswith("gap_")),
+            sum(n - was.get(key, 0) for key, n in counters.items() if counts_holes(key)),
             sum(n - was.get(key, 0) for key, n in counters.items() if key.startswith("refused_")),
             counters.get("connections", 0) - was.get("connections", 0),
             page["books_invalid_count"], view.rss.get(name, 0),

@@ -15,7 +15,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.widgets import DataTable, Footer, Header, Static
 
-from mdcollector.health import DOWN, OK, Finding, concerning, state_of
+from mdcollector.health import DOWN, OK, Finding, concerning, counts_holes, state_of
 from mdcollector.monitor import LOOK_S, View, look, pages
 from mdcollector.records import ALWAYS_ON
 from mdcollector.stats import clock_text
@@ -75,7 +75,7 @@ class Board:
                         name, role, _state(page, [f for f in view.findings if f.process == name]), round(rate),
                         sparkline(rates), *(round(latency.get(p, 0) / 1000, 1) for p in ("p50", "p99")),
                         clock_text(page["clock"]) if page.get("clock") else "",
-                        sum(n for key, n in counters.items() if key.startswith("gap_")),
+                        sum(n for key, n in counters.items() if counts_holes(key)),
                         sum(n for key, n in counters.items() if key.startswith("refused_")),
                         page.get("books_invalid_count", 0), lag,
                         round(100 * cpu_s / seconds, 1) if same else 0.0, round(view.rss.get(name, 0) / 2**20),

@@ -19,7 +19,7 @@ STATS: Sequence[tuple[str, str, str]] = (
     ("connectors not connected", "short", "count(mdcollector_connected == 0) or vector(0)"),
     ("books not proven", "short", 'sum(mdcollector_books{state="invalid"})'),
     ("rows lost in rings, 1 h", "short", "sum(increase(mdcollector_lapped_rows_total[1h])) + sum(increase(mdcollector_damaged_rows_total[1h]))"),
-    ("holes told, 1 h", "short", "sum(increase(mdcollector_gaps_total[1h])) or vector(0)"),
+    ("holes told, 1 h", "short", "sum(increase(mdcollector_gaps_total{gap!~'.*_(repaired|continued)'}[1h])) or vector(0)"),
     ("rows per second", "short", "sum(rate(mdcollector_ring_rows_total[1m]))"),
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from mdcollector.config import ALLOW_ROOT
 from mdcollector.errors import EXIT_DONE, EXIT_FINDINGS
 from mdcollector.exchanges import venue_class
-from mdcollector.health import TOLD_BEFORE
+from mdcollector.health import counts_holes
 from mdcollector.options import Finite
 from mdcollector.records import DATA_FEEDS, FEEDS
 from mdcollector.stats import read_stats
@@ -247,15 +247,13 @@ def details_of(
 ) -> dict[str, Any]:
     """All numbers of one exchange; `pages` are the stats of its connections."""
     counters = sum((Counter(page["counters"]) for page in pages), Counter[str]())
-    holes = {name: n for name, n in counters.items() if name.startswith("gap_")}
-    repaired = sum(n for name, n in holes.items() if name.endswith("_repaired"))
     return {
         "rows": {feed: _rows(out, feed, proof.exchange) for feed in FEEDS},
         "faults": {name: n for name, n in sorted(proof.faults.items()) if n},
         "refused": sum(n for name, n in counters.items() if name.startswith("refused_")),
         "reconnects": max(0, counters["connections"] - len(pages)),
-        "holes": sum(n for name, n in holes.items() if not name.endswith(TOLD_BEFORE)),
-        "repaired": repaired,
+        "holes": sum(n for name, n in counters.items() if counts_holes(name)),
+        "repaired": sum(n for name, n in counters.items() if name.startswith("gap_") and name.endswith("_repaired")),
         "books": sum(page["books"] for page in pages),
         "books_live": sum(page["books"] - page["books_invalid_count"] for page in pages),
         "latency_us": {
