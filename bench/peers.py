@@ -4,39 +4,17 @@ cryptofeed runs unmodified from its package, in an environment of its own (`.ven
 made when it is missing). It takes TLS only and the aggTrade stream, so the product runs over that once more.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench import endtoend, machine
 from bench.micro import ring_directory
-from bench.processes import ROOT, child
+from bench.processes import CRYPTOFEED, NotInstalled, child, environment
 
 STACKS = ("aiohttp+ujson", "aiohttp+ujson+pydantic", "websockets+json")
 BARE = "bare picows+msgspec"  # the shape of the product without what it does: the floor for it on this machine
-CRYPTOFEED = "cryptofeed==2.4.1"
-HOME = ROOT / ".venv-cryptofeed"
-INSTALL_S = 300.0
 START_S, RUN_S = 60.0, 300.0
-
-
-def cryptofeed_python() -> Path | None:
-    """The interpreter that has cryptofeed; None when it cannot be had here."""
-    interpreter, done = HOME / "bin" / "python", HOME / f"{CRYPTOFEED}.done"
-    if not done.exists():
-        commands = (
-            [sys.executable, "-m", "venv", str(HOME)],
-            [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", CRYPTOFEED],
-        )
-        for command in commands:
-            try:
-                subprocess.run(command, check=True, timeout=INSTALL_S, stdout=subprocess.DEVNULL)
-            except (subprocess.SubprocessError, OSError) as error:
-                print(f"cryptofeed is left out: {error}", file=sys.stderr)
-                return None
-        done.touch()
-    return interpreter
 
 
 def _peer(
@@ -67,7 +45,11 @@ def _product(kind: str, count: int, tls: dict[str, str] | None) -> dict[str, Any
 def run(count: int, rounds: int) -> list[dict[str, Any]]:
     """The middle one, at nominal speed, of `rounds` turns of each."""
     turns: list[list[dict[str, Any]]] = []
-    python = cryptofeed_python()
+    try:
+        python = environment(CRYPTOFEED)
+    except NotInstalled as error:
+        print(f"cryptofeed is left out: {error}", file=sys.stderr)
+        python = None
     with ring_directory() as directory, endtoend.certificates(directory) as tls:
         trust = {"SSL_CERT_FILE": tls["ca"], "REQUESTS_CA_BUNDLE": tls["ca"]}
         for _ in range(rounds):

@@ -1,6 +1,7 @@
 """Child processes of a benchmark: started in order, spoken to by lines, always ended, never waited for without a bound."""
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -13,6 +14,35 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 END_S = 10.0
+INSTALL_S = 300
+CRYPTOFEED = "cryptofeed==2.4.1"
+
+
+class NotInstalled(Exception):
+    """A package cannot be had here."""
+
+
+def environment(package: str) -> Path:
+    """The interpreter of an environment that holds a package and nothing of ours; made when it is missing, under a lock."""
+    home = ROOT / f".venv-{package.partition('=')[0]}"
+    interpreter, done = home / "bin" / "python", home / f"{package}.done"
+    home.mkdir(exist_ok=True)
+    with open(home / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # not for ever: who has it is bound by INSTALL_S
+        if not done.exists():
+            for command in (
+                [sys.executable, "-m", "venv", str(home)],
+                [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package],
+            ):
+                try:
+                    result = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    raise NotInstalled(f"{package}: {error}") from error
+                if result.returncode != 0:
+                    last = (result.stderr.strip().splitlines() or ["without a word"])[-1]
+                    raise NotInstalled(f"{package}: {last}")
+            done.touch()
+    return interpreter
 
 
 class Child:

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import frames
-from bench.peers import BARE, STACKS
+from bench.processes import CRYPTOFEED, INSTALL_S, NotInstalled, environment
 
 RUN_S = 110
 
@@ -62,9 +63,14 @@ def test_what_runs_in_processes(repository: Path, tmp_path: Path) -> None:
     assert found["sustained"]["sent"] == found["sustained"]["stored"] == 10_000
 
 
+@pytest.mark.timeout(INSTALL_S + 180)
 def test_other_stacks_on_the_same_frames(repository: Path, tmp_path: Path) -> None:
     for package in ("orjson", "matplotlib", "ujson", "pydantic", "websockets"):
         pytest.importorskip(package, reason="the bench extra is not installed")
+    from bench.peers import BARE, STACKS
+
+    with suppress(NotInstalled):  # then it is left out
+        environment(CRYPTOFEED)
     found = bench(repository, tmp_path, "peers")
     rows = {(row["stack"], row["tls"]): row for row in found["peers"]}
     assert rows.keys() >= {("mdcollector", False), ("mdcollector", True), *((name, False) for name in (BARE, *STACKS))}

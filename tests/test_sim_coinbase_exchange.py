@@ -21,8 +21,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from test_sim_cryptofeed import INSTALL_S, check_trades, environment
+from test_sim_cryptofeed import check_trades, interpreter_of
 
+from bench.processes import INSTALL_S
 from tools.sim.process import SimProcess
 
 Row = dict[str, Any]
@@ -334,7 +335,7 @@ SCRIPT = Path(__file__).with_name("thirdparty_ccxt.py")
 @pytest.mark.timeout(INSTALL_S + 120)
 def test_ccxt_gets_the_trades_and_books_of_the_ledger(tmp_path: Path) -> None:
     """It keeps no time that is finer than ms, so books are found by their time in ms, and by both sides."""
-    python = environment(CCXT)
+    python = interpreter_of(CCXT)
     with SimProcess(VENUE, *FAST, *KEY, ledger=tmp_path / "l") as sim:
         command = [python, SCRIPT, "coinbaseexchange", sim.ws_url, sim.rest_url, "5", "BTC/USD", "ETH/USD"]
         keys = {"CCXT_KEY": "someone", "CCXT_SECRET": SECRET, "CCXT_PASSWORD": "p", "PATH": os.environ["PATH"]}

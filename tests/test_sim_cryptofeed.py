@@ -3,11 +3,9 @@
 Its environment is made once, in `.venv-cryptofeed` beside the project; without a package index the tests are skipped.
 """
 
-import fcntl
 import json
 import os
 import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,11 @@ from typing import Any
 import pytest
 import trustme
 
+from bench.processes import CRYPTOFEED, INSTALL_S, NotInstalled, environment
 from tools.sim.ledger import Ledger
 from tools.sim.process import SimProcess
 
-CRYPTOFEED = "cryptofeed==2.4.1"
-REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("thirdparty_cryptofeed.py")
-INSTALL_S = 300
 LISTEN_S = 5
 
 pytestmark = [pytest.mark.thirdparty, pytest.mark.timeout(INSTALL_S + 120)]
@@ -29,31 +25,15 @@ pytestmark = [pytest.mark.thirdparty, pytest.mark.timeout(INSTALL_S + 120)]
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    return environment(CRYPTOFEED)
+    return interpreter_of(CRYPTOFEED)
 
 
-def environment(package: str) -> Path:
-    """The interpreter of an environment that holds a package and nothing of ours; made under a lock, only once."""
-    home = REPOSITORY / f".venv-{package.partition('=')[0]}"
-    interpreter, done = home / "bin" / "python", home / f"{package}.done"
-    home.mkdir(exist_ok=True)
-    with open(home / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            commands: tuple[list[str], ...] = (
-                [sys.executable, "-m", "venv", str(home)],
-                [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package],
-            )
-            for command in commands:
-                try:
-                    result = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
-                except subprocess.TimeoutExpired:
-                    pytest.skip(f"{package} was not installed within {INSTALL_S} s")
-                if result.returncode != 0:
-                    last = (result.stderr.strip().splitlines() or ["without a word"])[-1]
-                    pytest.skip(f"{package} cannot be installed here: {last}")
-            done.touch()
-    return interpreter
+def interpreter_of(package: str) -> Path:
+    """The interpreter that has a third-party client; the test is skipped where it cannot be had."""
+    try:
+        return environment(package)
+    except NotInstalled as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
