@@ -317,15 +317,16 @@ class BookSync:
     def _tell_skipped(self, last_id: int, timestamp: int, superseded: Sequence[Delta]) -> None:
         """A snapshot takes the book further than what is published or told: all in between is in no row.
 
-        Some of it never came, some was held and is superseded. Before the first row of all nothing was promised.
+        Some of it never came, some was held and is superseded; what is of newer ids than the snapshot is told by its own,
+        as these may be impossible. Before the first row of all nothing was promised.
         """
         reached = self.last_id if self.state is LIVE else self._accounted_id
-        if reached < 0:
-            return
-        cause, missing = self.cause, [(reached + 1, last_id)]
+        cause, missing = self.cause, [(reached + 1, last_id)] if reached >= 0 else []
         if self.state is LIVE and (cause == "sequence" or self.last_id != self._cause_id):
             cause = "snapshot"  # it replaces a book that nothing was wrong with
-        if last_id <= reached:  # within what is told; or ids begin anew, and messages of both kinds may have been held
+        if last_id > reached:
+            missing += self._runs([d for d in superseded if d.last_id > last_id])
+        else:  # within what is told; or ids begin anew, and messages of both kinds may have been held
             missing = [(reached + 1, max((d.last_id for d in superseded), default=reached))]
             if last_id < self.last_id:
                 begin = min((d.first_id for d in superseded if d.last_id <= last_id), default=last_id)
@@ -333,6 +334,16 @@ class BookSync:
         for first, last in missing:
             if first <= last:
                 self._gap(first, last, timestamp, cause, continued=self.state is BROKEN)
+
+    def _runs(self, messages: Sequence[Delta]) -> list[tuple[int, int]]:
+        """First and last id of each run of messages that follow each other."""
+        runs: list[tuple[int, int]] = []
+        for d in messages:
+            if runs and self._follows(runs[-1][1], d.first_id, d.last_id, d.prev_id) == NEXT:
+                runs[-1] = runs[-1][0], d.last_id
+            else:
+                runs.append((d.first_id, d.last_id))
+        return runs
 
     def _old(self, first_id: int, last_id: int, timestamp: int) -> None:
         """A duplicate. Nothing but duplicates for long: an impossible id was believed, or the venue began anew."""

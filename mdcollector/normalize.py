@@ -44,7 +44,7 @@ class Report(msgspec.Struct):
     @property
     def findings(self) -> list[str]:
         """Everything that keeps the run from being clean, in words."""
-        found = [f"{self.gaps} holes recorded in the table gaps"] if self.gaps else []
+        found = [f"rows of the table gaps that tell of holes: {self.gaps}"] if self.gaps else []
         found += [f"{self.rows_left} rows could not be written"] if self.rows_left else []
         found += ["no row came of it: is it a recording of this exchange?"] if not any(self.rows.values()) else []
         found += [f"unreadable line {line}" for line in self.bad_lines]

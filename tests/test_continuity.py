@@ -463,7 +463,8 @@ def test_an_in_band_snapshot_is_newer_than_all_that_is_held() -> None:
         assert rig.book.book() == ({4.0: 1.0}, {})
         rig.delta(Message(21, 21, 20, ((5.0, 1.0),), ()))
         assert rig.book.book() == ({4.0: 1.0, 5.0: 1.0}, {})
-        assert ledger(emit) == [(6, 7, "sequence", False), (8, 20, "sequence", False)]
+        newer = 1 << 60, 1 << 60, "sequence", False
+        assert ledger(emit) == [(6, 7, "sequence", False), (8, 20, "sequence", False), newer]
 
 
 @pytest.mark.parametrize("chained", [False, True])
@@ -587,6 +588,7 @@ def test_every_message_is_in_a_row_or_in_the_ledger(
     begin = 1 if restart else len(messages)  # of what is promised
     heard = [-1, -1]  # the newest of each numbering that anything told of; what was lost behind it nobody can know
     late: dict[int, list[Message]] = {}
+    came = set[int]()
     with emitter() as emit, mock.patch.object(continuity, "HELD_MESSAGES_MAX", held_max):
         rig = Rig(emit, chained, messages[0].last if restart else -1)
         for i, m in enumerate(messages):
@@ -601,13 +603,15 @@ def test_every_message_is_in_a_row_or_in_the_ledger(
             for arrived in late.pop(i, []):
                 rig.delta(arrived)
                 at = number[arrived.last]
+                came.add(at)
                 heard[at >= anew] = max(heard[at >= anew], at)
             event = data.draw(st.sampled_from(["", "", "", "snapshot", "in band", "cut", "crossed", "lost"]))
             of = messages[data.draw(st.integers(max(0 if i < anew else anew, i - 4), i))]
             if event == "in band" or (event == "snapshot" and rig.book.state != LIVE):
                 id_ = of.last if chained else data.draw(st.integers(of.first, of.last))
                 if rig.snapshot(id_, ({}, {}), in_band=event == "in band"):
-                    heard[i >= anew] = max(heard[i >= anew], number[id_] - (id_ != of.last))
+                    reached = number[id_] - (id_ != of.last)  # in band, it says that nothing newer was sent
+                    heard[i >= anew] = reached if event == "in band" else max(heard[i >= anew], reached)
             elif event == "cut":
                 rig.book.disconnected()
             elif event == "crossed":
@@ -626,7 +630,8 @@ def test_every_message_is_in_a_row_or_in_the_ledger(
         silent = [
             m
             for i, m in enumerate(messages)
-            if begin <= i <= heard[i >= anew]
+            if begin <= i
+            and (i <= heard[i >= anew] or i in came)
             and m.last not in published
             and not any(first <= m.last and last >= m.first for first, last in told)
         ]

@@ -329,7 +329,7 @@ def test_a_round_without_an_answer_is_followed_by_a_wait(tmp_path: Path, monkeyp
     class Enough(Exception):
         pass
 
-    async def refuse(_session: object, url: str, _limits: object, tries: int) -> tuple[int, bytes]:
+    async def refuse(_session: object, url: str, _limits: object, tries: int, _header: str) -> tuple[int, bytes]:
         assert tries == 1
         urls.append(url)
         raise TimeoutError

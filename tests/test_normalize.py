@@ -90,9 +90,10 @@ def test_a_hole_between_recordings_and_connections_says_so(tmp_path: Path) -> No
     report = normalize("binance_spot", [first, second], tmp_path / "out")
     assert causes(tmp_path / "out") == [
         ("trades", 2, 2, "sequence"), ("trades", 4, 5, "recording"), ("orderbook_l2", 12, 14, "recording"),
+        ("orderbook_l2", 15, 16, "recording"),  # the rest of that hole
         ("trades", 8, 8, "reconnect"), ("trades", 10, 10, "sequence"), ("orderbook_l2", 17, 17, "reconnect"),
     ]  # fmt: skip
-    assert report.findings == ["6 holes recorded in the table gaps"]
+    assert report.findings == ["rows of the table gaps that tell of holes: 7"]
 
 
 def test_every_row_is_flagged_as_replayed_and_has_no_stage_times(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_command_says_what_is_missing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mdcollector.cli", "normalize", "binance_spot", path, "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1, done.stderr
-    assert "1 holes recorded" in done.stdout
+    assert "tell of holes: 1" in done.stdout
 
 
 # Frames taken out

@@ -421,7 +421,7 @@ def test_every_change_taken_out_is_in_the_ledger_and_nothing_else(length: int, s
     proven(tables, model)
     first, last = (message_of(lines[i], "orderbook.")["data"]["u"] for i in (out[0], out[-1]))
     assert ledger(tables) == [("orderbook_l2", ticker, first, last, "sequence", False)]
-    assert report.findings == ["1 holes recorded in the table gaps"]
+    assert report.findings == ["rows of the table gaps that tell of holes: 1"]
     stored = table(tables, "orderbook_l2")
     doubted = {(name, u) for name, u, flags in zip(
         stored["ticker"], stored["update_id"], stored["flags"], strict=True) if flags & INVALID}  # fmt: skip
@@ -812,7 +812,7 @@ def test_a_broken_book_leaves_its_topic_and_takes_it_again(venue: Make) -> None:
     one.tick(now_ns + 25_000_000_000)
     assert [r["op"] for r in sent(one)] == ["ping"]
     gaps = one.emit.rings["gaps"].recent_rows(0)
-    assert [(int(g["first_id"]), int(g["last_id"])) for g in gaps] == [(7, 7)]
+    assert [(int(g["first_id"]), int(g["last_id"])) for g in gaps] == [(7, 7), (8, 11)]
 
 
 def test_a_trade_frame_that_cannot_be_read_is_a_hole_that_is_asked_about(venue: Make) -> None:

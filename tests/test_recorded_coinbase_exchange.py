@@ -284,7 +284,7 @@ def test_every_trade_taken_out_is_in_the_ledger_and_nothing_else(length: int, se
     proven(tables, run(Model(), kept))
     first, last = (message(lines[out[i]])["trade_id"] for i in (0, -1))
     assert ledger(tables) == [("trades", "SKL-USD", first, last, "sequence", False)]
-    assert report.findings == ["1 holes recorded in the table gaps"]
+    assert report.findings == ["rows of the table gaps that tell of holes: 1"]
 
 
 def heartbeat(line: dict[str, Any], ticker: str, last_trade_id: int) -> dict[str, Any]:
@@ -376,7 +376,7 @@ def test_updates_in_the_wrong_order_give_the_book_up(tmp_path: Path) -> None:
     swapped[a]["raw"], swapped[b]["raw"] = lines[b]["raw"], lines[a]["raw"]
     report, tables = normalized(swapped, tmp_path)
     assert ledger(tables) == [("orderbook_l2", "NMR-EUR", us(times[at]), us(times[at + 1]) + 1, "order", False)]
-    assert report.findings == ["1 holes recorded in the table gaps"]
+    assert report.findings == ["rows of the table gaps that tell of holes: 1"]
     rows = table(tables, "orderbook_l2")
     doubted = {name for name, flags in zip(rows["ticker"], rows["flags"], strict=True) if flags & INVALID}
     assert doubted == {"NMR-EUR"}

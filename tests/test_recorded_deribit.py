@@ -278,7 +278,7 @@ def test_every_change_taken_out_is_in_the_ledger_and_nothing_else(length: int, s
     proven(tables, model)
     first, last = book_of(lines[out[0]])["prev_change_id"] + 1, book_of(lines[out[-1]])["change_id"]
     assert ledger(tables) == [("orderbook_l2", ticker, first, last, "sequence", False)]
-    assert report.findings == ["1 holes recorded in the table gaps"]
+    assert report.findings == ["rows of the table gaps that tell of holes: 1"]
     stored = table(tables, "orderbook_l2")
     doubted = [(name, update_id) for name, update_id, flags in zip(
         stored["ticker"], stored["update_id"], stored["flags"], strict=True) if flags & INVALID]  # fmt: skip

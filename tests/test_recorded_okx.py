@@ -523,7 +523,7 @@ def test_updates_taken_out_are_in_the_ledger_and_nothing_else(length: int, seed:
     proven(tables, model)
     first, last = book_of(lines[out[0]])["prevSeqId"] + 1, book_of(lines[out[-1]])["seqId"]
     assert ledger(tables) == [("orderbook_l2", "BTC-USDT-SWAP", first, last, "sequence", False)]
-    assert report.findings == ["1 holes recorded in the table gaps"]
+    assert report.findings == ["rows of the table gaps that tell of holes: 1"]
 
 
 @pytest.mark.parametrize("seed", range(6))
