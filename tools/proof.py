@@ -596,8 +596,11 @@ class _Comparison:
     ) -> None:
         """Rows, keys with their seq_id, are a subsequence of the truth, keys with the exchange's time; what lies between two of them and is missing has a hole to lie in.
 
-        `greetings` repeat what was known, to one client that has just come; the others never see them.
+        `greetings` repeat what was known, to one client that has just come; the others never see them. Nor does a best price
+        or ticker say anything that repeats one of the same event time word for word: it may be left out (`told_again`).
         """
+        if feed in ("bbo", "tickers"):
+            greetings = {*greetings, *(key for key, _ in rows)}
         places: dict[Key, list[int]] = defaultdict(list)
         for place, (key, _) in enumerate(truth):
             places[key].append(place)
